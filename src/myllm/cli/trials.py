@@ -287,10 +287,7 @@ def start_training(
 ) -> subprocess.Popen[bytes]:
     """Start pretrain.py in a process of its own, or a launcher with several ranks of it.
 
-    Args:
-        words: of the command line of pretrain.py.
-        log: the output is appended to this file.
-        variables: NAME=VALUE, added to the environment.
+    Its output is appended to the log. `variables` are NAME=VALUE, added to the environment.
     """
     # The process must not take part in a torchrun that may have started this one.
     command = ["env", "-u", "RANK", "-u", "LOCAL_RANK", "-u", "WORLD_SIZE", *variables, sys.executable]
@@ -311,14 +308,7 @@ def last_lines(log: Path) -> str:
 
 
 def recent_loss(run: RunPaths, step: int | None = None) -> tuple[int, float]:
-    """The mean training loss of the newest tenth of the logged steps; NaN if there are none.
-
-    Args:
-        step: of the first steps up to this one.
-
-    Returns:
-        the last step, and the loss.
-    """
+    """The last logged step (up to `step`), and the mean loss of the newest tenth of them; NaN if there are none."""
     try:
         rows = read_metrics(run.metrics).train
     except UserError:  # no row yet

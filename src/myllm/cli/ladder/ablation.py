@@ -19,10 +19,9 @@ DROPOUTS = ("dropout_embedding", "dropout_attention_residual", "dropout_ffn")
 
 
 def parts_off(recipe: RunConfig, base: RunConfig) -> dict[str, RunConfig]:
-    """The recipe with one part off, by the name of the part. Without parts that both recipes share.
+    """The recipe with one part of `base` in place of its own, by the name of the part; those that differ.
 
-    Args:
-        base: the recipe that the parts are taken from. Weight decay and momentum warm-up are simply off.
+    Weight decay and momentum warm-up are simply off.
     """
     model, optim = recipe.model, recipe.optim
     warmup = round(base.optim.warmup_steps * recipe.train.max_steps / base.train.max_steps)
@@ -47,11 +46,7 @@ def parts_off(recipe: RunConfig, base: RunConfig) -> dict[str, RunConfig]:
 def plan_ablation(
     recipes: Mapping[str, RunConfig], grid: Grid, rates: Mapping[str, RecipeRates], seeds: int
 ) -> list[Cell]:
-    """The cells of the first recipe, whole and with each part off, at the second width and the middle length.
-
-    Args:
-        recipes: two, the second is the base.
-    """
+    """The cells of the first recipe, whole and with each part of the second, at the second width and middle length."""
     (name, recipe), (base_name, base) = recipes.items()
     width, tokens = grid.widths[min(1, len(grid.widths) - 1)], grid.middle_length
     tuned = replace(recipe, optim=rates[name].at(recipe.optim, width, tokens))

@@ -31,11 +31,7 @@ class Target:
 
 
 def analyze(losses: Losses, seconds: np.ndarray, target: Target) -> dict[str, Any]:
-    """All figures, as JSON values.
-
-    Args:
-        seconds: of training, (R, S, K, J).
-    """
+    """All figures, as JSON values. Shapes: seconds of training (R, S, K, J)."""
     pairs = list(combinations(range(len(losses.recipes)), 2))
     return {
         "pairs": [[losses.recipes[first], losses.recipes[second]] for first, second in pairs],

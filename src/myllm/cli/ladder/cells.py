@@ -37,11 +37,7 @@ def finished_cells(cells: Sequence[Cell]) -> dict[str, CellResult]:
 def run_cells(cells: Sequence[Cell], jobs: int, expected: Mapping[str, float]) -> list[CellResult]:
     """Run the cells that are not complete, and print a line for each, with the time that the rest will take.
 
-    Args:
-        expected: seconds of each run by its name.
-
-    Returns:
-        the results, in the order of the cells.
+    `expected` has the seconds of each run by its name. Returns the results in the order of the cells.
     """
     results, by_name = finished_cells(cells), {cell.config.name: cell for cell in cells}
     left = [cell.config for name, cell in by_name.items() if name not in results]
@@ -96,11 +92,7 @@ def expected_seconds(cells: Sequence[Cell], jobs: int) -> dict[str, float]:
 
 
 def tabulate(results: Sequence[CellResult], recipes: Sequence[str]) -> tuple[Losses, np.ndarray]:
-    """The results as arrays.
-
-    Returns:
-        the losses, and the seconds of training, (R, S, K, J).
-    """
+    """The losses, and the seconds of training, (R, S, K, J)."""
     cells = [result.cell for result in results]
     widths, lengths = sorted({cell.width for cell in cells}), sorted({cell.tokens for cell in cells})
     axes = recipes, widths, lengths, sorted({cell.seed for cell in cells})

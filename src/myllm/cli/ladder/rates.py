@@ -63,9 +63,6 @@ def _at_width(rates: Mapping[int, float], width: int) -> float:
 def read_rates(path: Path, recipes: list[str]) -> dict[str, RecipeRates]:
     """Read a rates file: {"tokens": 1600000, "recipes": {NAME: {WIDTH: {"max_lr": 0.008, ...}}}}.
 
-    Args:
-        recipes: names of the recipes that must be in it.
-
     Raises:
         UserError: not such a file, or a recipe is missing.
     """

@@ -21,11 +21,7 @@ PIXELS_PER_INCH = 70
 
 
 def write_report(folder: Path) -> Path:
-    """Draw the figures into plots/ and write report.html.
-
-    Args:
-        folder: of the ladder, with ladder.json; ablation.json may be missing.
-    """
+    """Draw the figures into plots/ and write report.html. In the ladder's folder, ablation.json may be missing."""
     ladder = read_results(folder / "ladder.json")
     ablation = folder / "ablation.json"
     sections = _sections(ladder)

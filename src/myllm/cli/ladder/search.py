@@ -98,10 +98,7 @@ def search_lines(cells: Mapping[Key, Callable[[int], Cell]], powers: Sequence[in
 def search_rates(
     recipes: Mapping[str, RunConfig], grid: Grid, run: Run
 ) -> tuple[dict[str, RecipeRates], list[dict[str, Any]]]:
-    """Search all recipes and widths side by side.
-
-    Returns:
-        the rates, and for each recipe and width the losses by rate, for the report.
+    """The rates of all recipes, and for each recipe and width the losses by rate, for the report.
 
     Raises:
         UserError: an optimum lies at an edge of what was tried.

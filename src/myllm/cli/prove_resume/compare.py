@@ -76,10 +76,7 @@ class Prover:
     log: Callable[[str], None]
 
     def run_trials(self) -> list[Result]:
-        """Run all trials and compare them.
-
-        Returns:
-            the results, the reference first.
+        """Run all trials and compare them. The first result is that of the reference.
 
         Raises:
             RunFailed: the reference could not be trained.
@@ -139,8 +136,7 @@ class Prover:
 def judge_trial(result: Result, reference: Result, config: RunConfig, noise: float) -> None:
     """Compare a result with the reference, row by row, and record errors.
 
-    Args:
-        noise: the largest difference of losses between two uninterrupted runs on this machine.
+    `noise` is the largest difference of losses between two uninterrupted runs on this machine.
     """
     rows, expected = result.rows, reference.rows
     missing = [step for step in expected if step not in rows]

@@ -40,11 +40,8 @@ def fit_parabolas(runs: list[TunedRun], parameters: list[Parameter]) -> dict[str
     The settings are fitted together, so that the spread of one does not count as the noise of another. All rungs enter,
     since values mean those of a run of D tokens on each.
 
-    Args:
-        runs: of all rungs; those that diverged are ignored.
-
     Returns:
-        by name; empty if there are too few runs.
+        by name; empty if there are too few runs that have not diverged.
     """
     groups: dict[tuple[int, int], list[TunedRun]] = defaultdict(list)
     for run in ranked(runs):

@@ -31,8 +31,7 @@ SHOWN = 0.75
 def draw_setting(parameter: Parameter, runs: list[TunedRun], parabola: Parabola | None) -> Figure:
     """Loss against one setting, above the best run of the same length and seed: so all share an axis.
 
-    Args:
-        runs: of all rungs; diverged ones are crosses at the top.
+    Runs that diverged are crosses at the top.
     """
     best: dict[tuple[int, int], float] = defaultdict(lambda: math.inf)
     for run in runs:

@@ -59,11 +59,7 @@ class RangeTest:
 
 
 def run_range_test(config: RunConfig, steps: int = STEPS) -> str:
-    """Train with a rising rate on one device, and write range_test.json and a figure into the folder of the search.
-
-    Returns:
-        the result in a few lines.
-    """
+    """Train with a rising rate on one device; write range_test.json and a figure, and return the result in words."""
     from myllm.data.prepare.background import prepare_in_background
     from myllm.distributed.collectives import process_group
 
