@@ -227,10 +227,9 @@ class _TrialProcess:
                 self.process.send_signal(signal.SIGTERM)
                 self._given_up.touch()
             return False
+        # A process left behind held the folder only after this one had begun; it may have ended.
         if code == 2 and (self._is_held() or finished(self.config)):
-            self.process = (
-                None  # a process left behind held the folder only after this one had begun; it may have ended
-            )
+            self.process = None
             return False
         if code not in (0, TrainingDiverged.EXIT_CODE) and not self._given_up.exists():
             raise UserError(f"the trial {self.config.name} ended with exit code {code}:{self._last_lines()}")
