@@ -12,27 +12,22 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import ROOT, losses, with_train, write_run_config
+from support.paused_training import PROGRAM, Pause, variables
+from support.processes import with_words
 
 from myllm.config import RunConfig
 from myllm.data.prepare.prepare import prepare
 
 pytestmark = pytest.mark.slow  # real processes, half a minute and more in all
 
-TORCHRUN = [
-    sys.executable,
-    "-m",
-    "myllm.distributed.elastic",
-    "--standalone",
-    "--nproc_per_node=2",
-    str(ROOT / "pretrain.py"),
-]
+TORCHRUN = [sys.executable, "-m", "myllm.distributed.elastic", "--standalone", "--nproc_per_node=2", str(PROGRAM)]
 
 
 class Started:
     """A launcher with two ranks, with output to a file."""
 
-    def __init__(self, log: Path, *words: str | Path) -> None:
-        environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+    def __init__(self, log: Path, *words: str | Path, pause: Pause | None = None) -> None:
+        environment = os.environ | {"PYTHONPATH": str(ROOT / "src")} | (variables(pause) if pause else {})
         self.log = log
         with log.open("w") as file:
             self.process = subprocess.Popen(
@@ -40,23 +35,18 @@ class Started:
             )
 
     def rank(self, number: int) -> psutil.Process:
-        children = psutil.Process(self.process.pid).children()
-        return next(child for child in children if child.environ().get("RANK") == str(number))
+        ranks = with_words(psutil.Process(self.process.pid).children(), str(PROGRAM))
+        return next(child for child in ranks if child.environ().get("RANK") == str(number))
 
     def wait_for(self, there: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + 180
+        deadline = time.monotonic() + 240
         while not there():
             assert self.process.poll() is None, self.log.read_text()
             assert time.monotonic() < deadline, self.log.read_text()
             time.sleep(0.02)
 
     def ended(self) -> tuple[int, str]:
-        return self.process.wait(timeout=180), self.log.read_text()
-
-
-def logged(run: Path, step: int) -> Callable[[], bool]:
-    path = run / "metrics.jsonl"
-    return lambda: path.is_file() and f'"step": {step}, "tokens"' in path.read_text()
+        return self.process.wait(timeout=240), self.log.read_text()
 
 
 @pytest.fixture
@@ -64,8 +54,8 @@ def started(tmp_path: Path) -> Iterator[Callable[..., Started]]:
     """Starts launchers and stops them after the test."""
     all_started: list[Started] = []
 
-    def start(*words: str | Path) -> Started:
-        all_started.append(Started(tmp_path / f"launcher{len(all_started)}.txt", *words))
+    def start(*words: str | Path, pause: Pause | None = None) -> Started:
+        all_started.append(Started(tmp_path / f"launcher{len(all_started)}.txt", *words, pause=pause))
         return all_started[-1]
 
     yield start
@@ -83,17 +73,18 @@ def test_killed_rank_restarts(
     """SIGKILL of one rank, and another run whose launcher gets SIGTERM and that the same command takes up: the same
     losses to the last bit. What --train.fresh moves aside, it moves aside once."""
     evals = replace(tiny.eval, cloze_every_steps=0, sample_every_steps=0, validation_every_steps=0)
-    # Long enough that the run is not over before a slow machine has sent the signal.
-    config = replace(with_train(tiny, max_steps=80, save_every_steps=5, batch_tokens=256), eval=evals)
+    config = replace(with_train(tiny, max_steps=30, save_every_steps=5, batch_tokens=256), eval=evals)
     prepare(config.data, progress=False)
     path = write_run_config(config, tmp_path / "config.json")
     run = temp_data / "runs/tiny"
     run.mkdir(parents=True)
     (run / "older").touch()
 
-    first = started("--config", path, "--train.fresh")
-    first.wait_for(logged(run, 8))
+    pause = Pause(8, tmp_path / "killed")
+    first = started("--config", path, "--train.fresh", pause=pause)
+    first.wait_for(lambda: pause.reached(ranks=2) and (run / "checkpoints/step_00000005").is_dir())
     first.rank(1).send_signal(signal.SIGKILL)
+    pause.go_on()
     code, output = first.ended()
     assert code == 0, output
     assert (run / "log.txt").read_text().count("resuming from") == 1
@@ -103,20 +94,22 @@ def test_killed_rank_restarts(
 
     other = temp_data / "runs/other"
     again = write_run_config(replace(config, name="other"), tmp_path / "other.json")
-    second = started("--config", again)
-    second.wait_for(logged(other, 12))
+    pause = Pause(12, tmp_path / "told")
+    second = started("--config", again, pause=pause)
+    second.wait_for(lambda: pause.reached(ranks=2))
     second.process.send_signal(signal.SIGTERM)
+    pause.go_on()
     code, output = second.ended()
     assert code == 128 + signal.SIGTERM, output
     assert "saved; the same command resumes" in output
-    code, output = started("--config", again, "--train.max-wall-s", "1").ended()  # over before the first step
+    code, output = started("--config", again, "--train.max-wall-s", "0.01").ended()  # over before the first step
     assert code == 75, output
     assert output.count("run other on 2 x") == 1  # not started again
     code, output = started("--config", again).ended()
     assert code == 0, output
     assert (other / "log.txt").read_text().count("resuming from") == 2
     assert losses(run) == losses(other)
-    assert losses(run).keys() == set(range(1, 81))
+    assert losses(run).keys() == set(range(1, 31))
     assert not [p for p in psutil.process_iter(["cmdline"]) if str(path) in (p.info["cmdline"] or [])]
 
 
@@ -142,7 +135,7 @@ def test_failing_rank_restarts_up_to_limit(tmp_path: Path) -> None:
         words = ["--standalone", "--max-restarts=2" if at == "2" else "--max-restarts=1", str(script), code, at]
         done = subprocess.run(
             [sys.executable, "-m", "myllm.distributed.elastic", *words],
-            capture_output=True, text=True, timeout=120, check=False,
+            capture_output=True, text=True, timeout=240, check=False,
             env=os.environ | {"PYTHONPATH": str(ROOT / "src")},
         )  # fmt: skip
         assert done.returncode == int(code), done.stderr

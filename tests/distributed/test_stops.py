@@ -53,7 +53,7 @@ class Launched:
         self.process = subprocess.Popen(words, stdout=self.said, stderr=subprocess.STDOUT, start_new_session=True)
 
     def wait_until(self, happened: Callable[[], object]) -> None:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 240
         while not happened():
             assert self.process.poll() is None, self.output()
             assert time.monotonic() < deadline, "waited in vain: " + self.output()
@@ -69,7 +69,7 @@ class Launched:
         return sorted(found, key=lambda process: int(process.environ()["RANK"]))
 
     def end(self) -> int:
-        code = self.process.wait(timeout=120)
+        code = self.process.wait(timeout=240)
         assert not left(), self.output()
         return code
 
@@ -78,7 +78,7 @@ class Launched:
         return self.said.read()
 
 
-def left(patience_s: float = 30) -> list[psutil.Process]:
+def left(patience_s: float = 120) -> list[psutil.Process]:
     """Ranks that outlive their torchrun. They may need a moment to be gone."""
     deadline, me = time.monotonic() + patience_s, str(os.environ["MYLLM_DATA"])
     while True:
@@ -128,7 +128,7 @@ def test_stopped_run_not_restarted(config: RunConfig, tmp_path: Path) -> None:
     third = Launched(tmp_path, config)
     third.wait_until(lambda: third.beat()["step"] > saved)
     third.process.kill()  # nobody is left to forward a signal
-    third.process.wait(timeout=60)
+    third.process.wait(timeout=240)
     assert not left(), third.output()
     assert status("tiny", 600)[1] == 143
     assert load_checkpoint(list_checkpoints(third.run / "checkpoints")[0]).state.step == max(losses(third.run)) > saved
@@ -136,7 +136,7 @@ def test_stopped_run_not_restarted(config: RunConfig, tmp_path: Path) -> None:
 
 
 def test_hanging_rank_ends_all_ranks(config: RunConfig, tmp_path: Path) -> None:
-    started = Launched(tmp_path, replace(with_train(config, collective_timeout_s=3.0), name="asleep"))
+    started = Launched(tmp_path, replace(with_train(config, collective_timeout_s=10.0), name="asleep"))
     assert started.end() == 1
     output = started.output()
     assert output.count("error: rank 1 did not arrive") == 1, output
@@ -151,7 +151,7 @@ def test_hanging_rank_ends_all_ranks(config: RunConfig, tmp_path: Path) -> None:
 
 def test_unresponsive_rank_reported(config: RunConfig, tmp_path: Path) -> None:
     """Stopped as a whole, threads included: the other one says so."""
-    started = Launched(tmp_path, with_train(config, collective_timeout_s=3.0), "--shutdown-timeout=3")
+    started = Launched(tmp_path, with_train(config, collective_timeout_s=10.0), "--shutdown-timeout=3")
     started.wait_until(lambda: started.beat()["step"] > 5)
     started.ranks()[0].suspend()
     assert started.end() == 1

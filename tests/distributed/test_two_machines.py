@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, losses, with_train, write_run_config
+from support.ports import unused_port
 
 from myllm.config import RunConfig
 
@@ -21,9 +21,7 @@ SCRIPT = Path(__file__).parent / "programs/report_rank.py"
 def two_launchers(config: RunConfig, tmp_path: Path, machines: list[Path]) -> tuple[list[int], list[str]]:
     """Run two ranks on each of two machines, with these folders; returns exit codes and output."""
     path = write_run_config(config, tmp_path / "config.json")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = unused_port()
     meeting = ["--nnodes=2", "--nproc_per_node=2", "--rdzv_backend=c10d", "--rdzv_id=two", "--local-addr=127.0.0.1"]
     launchers = []
     for number, machine in enumerate(machines):

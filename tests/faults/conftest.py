@@ -41,7 +41,7 @@ def forks(place: Path, dataset: Dataset) -> Iterator[Forks]:
     server = Forks(place, place / "temp_data")
     yield server
     server.process.stdin.close()
-    assert server.process.wait(30) == 0
+    assert server.process.wait(120) == 0
 
 
 @pytest.fixture(scope="module")

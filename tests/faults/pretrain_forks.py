@@ -12,7 +12,6 @@ import json
 import os
 import resource
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable
@@ -23,8 +22,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 RANKS = 2
-TO_END_S = 2.0
-"""How long a rank that is told to end may take; torchrun waits 30 s."""
+TO_END_S, TO_FOLLOW_S = 20.0, 2.0
+"""How long a rank that is told to end may take; torchrun waits 30 s. Where the fault is a death, nothing that the other
+rank still does counts. One that hangs takes all of it."""
 EARLY = (
     "pretrain",
     "myllm.training.loop",
@@ -125,15 +125,15 @@ def sleep_before(step: int) -> None:
 
 
 def interrupt_twice_in_save(step: int) -> None:
-    """Ctrl-C and, a moment later, Ctrl-C again, while the disk takes for ever over a save."""
+    """Ctrl-C and, a moment later, Ctrl-C again, while the disk takes for ever over a save. And again: the system makes
+    one of two that come before the main thread has its turn."""
     real = os.fsync
 
     def fsync(file: int) -> None:
         if f"step_{step:08d}" in os.readlink(f"/proc/self/fd/{file}"):
-            for _ in range(2):
+            for _ in range(600):
                 os.kill(os.getpid(), signal.SIGINT)
                 time.sleep(1)
-            time.sleep(600)
         real(file)
 
     os.fsync = fsync
@@ -229,14 +229,15 @@ def wait_for_all(children: set[int], patience_s: float) -> int:
 
 
 def answer(request: dict[str, Any]) -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    from support.ports import unused_port
+
+    port = unused_port()
     due = Path(request["out"] + ".code")
     due.unlink(missing_ok=True)
     Path(request["out"]).write_text("")
     children = {fork(request, rank, port) for rank in range(RANKS)}
-    code = wait_for_all(children, 0 if request["all"] else TO_END_S)
+    patience_s = TO_FOLLOW_S if "die_before" in request["fault"] else TO_END_S
+    code = wait_for_all(children, 0 if request["all"] else patience_s)
     return int(due.read_text()) if not code and due.exists() else code
 
 

@@ -49,7 +49,7 @@ def test_hung_rank_reports_collective_timeout(
     """Both end, and the message names the one that did not come."""
     name = f"asleep-{rank}"
     run = run_of(place, name)
-    ended = forks(config_file, "--name", name, "--train.collective-timeout-s", "3", on=(rank,), sleep=6)
+    ended = forks(config_file, "--name", name, "--train.collective-timeout-s", "10", on=(rank,), sleep=6)
     assert ended.code == 1, ended.said
     assert f"error: rank {rank} did not arrive in " in ended.said
     assert f"rank {rank} is in step 6, training" in ended.said

@@ -4,14 +4,17 @@ import json
 import random
 import re
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 from conftest import launch, with_train, write_run_config
 from support.fault_runs import assert_tidy, record, run_of
+from support.paused_training import PROGRAM, Pause, variables
 
 from myllm.checkpoint.layout import newest_step
+from myllm.cli import trials
 from myllm.cli.prove_resume.training_process import TrainingProcess, wait_until_gone
 from myllm.config import RunConfig
 
@@ -27,8 +30,21 @@ def two(config: RunConfig, place: Path, dataset: object) -> Path:
     return write_run_config(with_train(config, max_steps=STEPS, save_every_steps=SAVE_EVERY), place / "two.json")
 
 
-def start(two: Path, place: Path, name: str) -> TrainingProcess:
-    return TrainingProcess.start(two, name, place / "temp_data", ranks=2)
+@pytest.fixture
+def start(two: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., TrainingProcess]:
+    """Starts a run. One that is to be hit pauses some steps later, so that it is not over before a slow machine is
+    there."""
+    checkout = place / "checkout"
+    checkout.mkdir()
+    (checkout / "pretrain.py").symlink_to(PROGRAM)
+    monkeypatch.setattr(trials, "project_root", lambda: checkout)
+
+    def start(name: str, *pauses: Pause) -> TrainingProcess:
+        for variable, value in variables(*pauses).items():
+            monkeypatch.setenv(variable, value)
+        return TrainingProcess.start(two, name, place / "temp_data", ranks=2)
+
+    return start
 
 
 def end(training: TrainingProcess, everybody: list[int]) -> tuple[int, int]:
@@ -40,10 +56,10 @@ def end(training: TrainingProcess, everybody: list[int]) -> tuple[int, int]:
     return code, saved
 
 
-def test_two_ranks_resume_after_repeated_kills(two: Path, place: Path) -> None:
-    whole = start(two, place, "two-whole")
+def test_two_ranks_resume_after_repeated_kills(two: Path, place: Path, start: Callable[..., TrainingProcess]) -> None:
+    whole = start("two-whole")
     whole.finish(STEPS)
-    chance, training = random.Random(SEED), start(two, place, "two-hit")
+    chance, training = random.Random(SEED), start("two-hit", Pause(10, place / "first"))
 
     # One rank dies: torchrun ends the other.
     assert training.wait_for_step(chance.randrange(2, 9))
@@ -55,9 +71,11 @@ def test_two_ranks_resume_after_repeated_kills(two: Path, place: Path) -> None:
     resumed_from = [saved]
 
     # A second start of a suspended run is refused, and the run continues. Then all die at once.
-    training = start(two, place, "two-hit")
-    assert training.wait_for_step(chance.randrange(11, 18))
+    pause = Pause(chance.randrange(11, 18), place / "second")
+    training = start("two-hit", pause, Pause(40, place / "third"))
+    assert training.wait_for_step(pause.step)
     psutil.Process(training.ranks()[0]).suspend()
+    pause.go_on()
     second = launch("--config", two, "--name", "two-hit")
     psutil.Process(training.ranks()[0]).resume()
     assert second.returncode == 2
@@ -70,16 +88,18 @@ def test_two_ranks_resume_after_repeated_kills(two: Path, place: Path) -> None:
     resumed_from.append(saved)
 
     # A scheduler's SIGTERM: saved where it is.
-    training = start(two, place, "two-hit")
+    pause = Pause(STEPS - 1, place / "fourth")
+    training = start("two-hit", pause)
     assert training.wait_for_step(max(record(training.run), default=0) + 3)
     everybody = training.processes()
     training.process.send_signal(signal.SIGTERM)
+    pause.go_on()
     _, saved = end(training, everybody)
     assert saved == max(record(training.run))
     resumed_from.append(saved)
     assert "saved; the same command resumes" in training.log.read_text()
 
-    training = start(two, place, "two-hit")
+    training = start("two-hit")
     training.finish(STEPS)
     assert record(training.run) == record(whole.run)
     assert_tidy(training.run.root)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from support.processes import with_words
 
 from myllm.cli.prove_resume.training_process import train_rows
 from myllm.paths import RunPaths
@@ -57,8 +58,9 @@ class Forks:
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
         code = int(self.process.stdout.readline())
-        left = [each.cmdline() for each in psutil.Process(self.process.pid).children(recursive=True)]
-        assert not left, "processes are left behind"
+        assert not with_words(psutil.Process(self.process.pid).children(recursive=True), ""), (
+            "processes are left behind"
+        )
         return Ended(code, out.read_text(errors="replace"))
 
 

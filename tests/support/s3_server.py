@@ -4,6 +4,7 @@ import contextlib
 import socket
 import threading
 from collections.abc import Callable
+from urllib.request import urlopen
 
 import boto3
 import pytest
@@ -18,9 +19,13 @@ class S3Server:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self._moto = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
         self._moto.start()
+        host, port = self._moto.get_host_and_port()
+        urlopen(f"http://{host}:{port}/moto-api/reset", data=b"").close()  # of what an earlier one in this process had
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._open: list[socket.socket] = []
         self._down = False
+        self._lock = threading.Lock()
+        """A connection that is being made is cut too."""
         self.hold: Callable[[bytes], bool] = lambda received: False
         """True for a request, or a part of it, that shall never arrive."""
         for name, value in {
@@ -39,9 +44,10 @@ class S3Server:
 
     def down(self) -> None:
         """Cut all connections, and refuse new ones."""
-        self._down = True
-        for connection in self._open:
-            connection.close()
+        with self._lock:
+            self._down = True
+            for connection in self._open:
+                connection.close()
 
     def up(self) -> None:
         self._down = False
@@ -55,11 +61,12 @@ class S3Server:
         with contextlib.suppress(OSError):
             while True:
                 client, _ = self._listener.accept()
-                if self._down:
-                    client.close()
-                    continue
-                server = socket.create_connection(self._moto.get_host_and_port())
-                self._open += [client, server]
+                with self._lock:
+                    if self._down:
+                        client.close()
+                        continue
+                    server = socket.create_connection(self._moto.get_host_and_port())
+                    self._open += [client, server]
                 threading.Thread(target=self._forward, args=(client, server, self._held), daemon=True).start()
                 threading.Thread(target=self._forward, args=(server, client, lambda _: False), daemon=True).start()
 

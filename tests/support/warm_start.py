@@ -12,7 +12,6 @@ import json
 import os
 import runpy
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -111,9 +110,9 @@ def serve() -> dict[str, Any] | None:
 def _variables_of_ranks(ranks: int | None) -> list[dict[str, str]]:
     if ranks is None:
         return [{}]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    from support.ports import unused_port  # the path is not set when this file is read
+
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(unused_port())}
     shared |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
     return [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
 
