@@ -66,11 +66,11 @@ def test_pairing_seeds_narrows_bands() -> None:
     values[2] = np.roll(values[2], 1, axis=-1)  # the same losses, paired with other seeds
     unpaired = Losses(paired.recipes, SIZES, LENGTHS, values)
 
-    def difference(means: np.ndarray) -> np.ndarray:
-        return (means[0] - means[2]).ravel()
+    def difference(means: np.ndarray) -> dict[str, np.ndarray]:
+        return {"difference": means[0] - means[2]}
 
     def width(losses: Losses) -> float:
-        return float(np.mean([band.high - band.low for band in bands(losses, difference)]))
+        return float(np.mean([band.high - band.low for band in bands(losses, difference)["difference"].flat]))
 
     assert width(unpaired) > 2 * width(paired)
 
@@ -86,8 +86,8 @@ def test_single_seed_cell_borrows_spread() -> None:
     assert partial.standard_errors[0, 0, 0] == pytest.approx(values[0, 0, 0].std(ddof=1) / 2**0.5)
 
     def width(losses: Losses) -> float:
-        found = bands(losses, lambda means: means[:, 2].ravel(), drop_sizes=False)
-        return float(np.mean([band.high - band.low for band in found]))
+        found = bands(losses, lambda means: {"largest": means[:, 2]}, drop_sizes=False)["largest"]
+        return float(np.mean([band.high - band.low for band in found.flat]))
 
     assert width(partial) > 1.2 * width(whole)  # one seed is less certain than the mean of two
 
@@ -146,6 +146,6 @@ def test_time_ratio_accounts_for_slower_recipe() -> None:
 
 def test_band_limits_nan_without_seeds_and_sizes() -> None:
     one = Losses(("a", "b"), SIZES[:1], LENGTHS, exact()[:2, :1, :, None])
-    (band,) = bands(one, lambda means: means[0, 0, :1])
+    (band,) = bands(one, lambda means: {"loss": means[0, 0, :1]})["loss"]
     assert isinstance(band, Band)
     assert np.isnan([band.low, band.high]).all()

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,6 +19,8 @@ PUBLISHED = (1.2, 1.3)
 experiments/optimizer_sweep/Analysis."""
 MIN_JOINT = 3
 """Sizes and lengths that the joint law needs."""
+Pair = tuple[int, int]
+"""Indices of two recipes; the multiplier is that of the second against the first."""
 
 
 @dataclass(frozen=True)
@@ -47,120 +49,133 @@ def analyze(losses: Losses, seconds: np.ndarray, target: Target) -> dict[str, An
 # -- without a law ----------------------------------------------------------------------------------------------------
 
 
-def match_losses(losses: Losses, seconds: np.ndarray, pairs: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
+class _Match(NamedTuple):
+    """A run of the recipe `first`, whose loss the recipe `second` is to reach at the same size. All are indices."""
+
+    first: int
+    second: int
+    size: int
+    length: int
+
+    def tokens_needed(self, means: np.ndarray, tokens: np.ndarray) -> float:
+        loss = float(means[self.first, self.size, self.length])
+        return tokens_to_reach(loss, tokens, means[self.second, self.size])
+
+
+def match_losses(losses: Losses, seconds: np.ndarray, pairs: Sequence[Pair]) -> list[dict[str, Any]]:
     """For each run of the first recipe of a pair: the tokens and the time in which the second reaches its loss."""
     sizes, lengths = range(len(losses.parameters)), range(len(losses.tokens))
-    per_token = np.nanmean(seconds / losses.tokens[:, None], axis=(2, 3))  # (R, S)
-    places = [(pair, size, length) for pair in pairs for size in sizes for length in lengths]
+    matches = [_Match(*pair, size, length) for pair in pairs for size in sizes for length in lengths]
 
-    def ratios(means: np.ndarray) -> np.ndarray:
-        return np.array([
-            # Beyond the shortest and the longest run, only a bound is known.
-            losses.tokens[length]
-            / np.clip(_tokens_to_match(means, losses.tokens, pair, size, length), *losses.tokens[[0, -1]])
-            for pair, size, length in places
-        ])  # fmt: skip
+    def figures(means: np.ndarray) -> dict[str, np.ndarray]:
+        needed = [match.tokens_needed(means, losses.tokens) for match in matches]
+        # Beyond the shortest and the longest run, only a bound is known.
+        known = np.clip(needed, *losses.tokens[[0, -1]])
+        return {"token_ratio": losses.tokens[[match.length for match in matches]] / known}  # (matches,)
 
-    found = bands(losses, ratios, drop_sizes=False)
+    ratios = bands(losses, figures, drop_sizes=False)["token_ratio"]
+    per_token = np.nanmean(seconds / losses.tokens[:, None], axis=(2, 3))  # (R, S, K, J) / (K, 1) -> (R, S)
     rows = []
-    for (pair, size, length), band in zip(places, found, strict=True):
-        tokens = _tokens_to_match(losses.means, losses.tokens, pair, size, length)
-        first, second = pair
+    for match, ratio in zip(matches, ratios, strict=True):
+        first, second, size, length = match
+        tokens = match.tokens_needed(losses.means, losses.tokens)
         slower = float(per_token[second, size] / per_token[first, size])
         rows.append({
             "first": losses.recipes[first], "second": losses.recipes[second],
             "parameters": float(losses.parameters[size]), "tokens": float(losses.tokens[length]),
             "loss": float(losses.means[first, size, length]), "tokens_needed": tokens,
             "bound": "at least" if tokens == 0 else "at most" if math.isinf(tokens) else None,
-            "token_ratio": asdict(band),
-            "time_ratio": asdict(Band(band.value / slower, band.low / slower, band.high / slower)),
+            "token_ratio": asdict(ratio),
+            "time_ratio": asdict(Band(ratio.value / slower, ratio.low / slower, ratio.high / slower)),
         })  # fmt: skip
     return rows
-
-
-def _tokens_to_match(means: np.ndarray, tokens: np.ndarray, pair: tuple[int, int], size: int, length: int) -> float:
-    first, second = pair
-    return tokens_to_reach(float(means[first, size, length]), tokens, means[second, size])
 
 
 # -- laws -------------------------------------------------------------------------------------------------------------
 
 
-def analyze_sizes(losses: Losses, pairs: Sequence[tuple[int, int]]) -> dict[str, Any]:
+def analyze_sizes(losses: Losses, pairs: Sequence[Pair]) -> dict[str, Any]:
     """The law of the reference at each size, and multipliers by it."""
     if len(losses.tokens) < 3:
         return {"missing": f"a law of the loss over tokens needs 3 lengths, there are {len(losses.tokens)}"}
-    sizes = len(losses.parameters)
 
-    def figures(means: np.ndarray) -> np.ndarray:
+    def figures(means: np.ndarray) -> dict[str, np.ndarray]:
         fitted = hold_out(means)
         laws = fit_sizes(fitted, losses.tokens)
-        saved = size_multipliers(laws, fitted)
-        predicted = laws.losses(saved)[:, -1, -1]
-        return np.concatenate([_ratios(saved, pairs).ravel(), predicted, predicted - means[:, -1, -1]])
+        multipliers = size_multipliers(laws, fitted)  # (R, S)
+        predicted = laws.losses(multipliers)[:, -1, -1]  # (R, S, K) -> (R,)
+        return {"multipliers": _by_pair(multipliers, pairs), **_held_out_figures(predicted, means)}
 
     found = bands(losses, figures)
     laws = fit_sizes(hold_out(losses.means), losses.tokens)
-    count = len(pairs) * sizes
-    equal = laws.equal_tokens(losses.means)
     return {
         "b": laws.exponent, "E": laws.irreducible.tolist(), "A": laws.amplitudes().tolist(),
-        "equal_tokens": equal.tolist(),
-        "multipliers": [[asdict(band) for band in found[row * sizes : (row + 1) * sizes]] for row in range(len(pairs))],
-        "held_out": _held_out(losses, found[count:]),
+        "equal_tokens": laws.equal_tokens(losses.means).tolist(),
+        "multipliers": _json(found["multipliers"]),
+        "held_out": _held_out(losses, found),
     }  # fmt: skip
 
 
-def analyze_joint(losses: Losses, pairs: Sequence[tuple[int, int]], target: Target) -> dict[str, Any]:
+def analyze_joint(losses: Losses, pairs: Sequence[Pair], target: Target) -> dict[str, Any]:
     """The law of all recipes and sizes: multipliers, whether they change with size, and their extrapolation."""
     _, sizes, lengths, _ = losses.values.shape
     if min(sizes, lengths) < MIN_JOINT:
         return {"missing": f"the joint law needs 3 sizes and 3 lengths, there are {sizes} and {lengths}"}
     full = fit_joint(hold_out(losses.means), losses.parameters, losses.tokens)
-    rung = float(losses.parameters[-1]), float(losses.tokens[-1])
-    places = [*losses.parameters, target.parameters]
+    largest, longest = float(losses.parameters[-1]), float(losses.tokens[-1])
 
-    def figures(means: np.ndarray) -> np.ndarray:
+    def figures(means: np.ndarray) -> dict[str, np.ndarray]:
         law = fit_joint(hold_out(means), losses.parameters, losses.tokens, start=full)
-        saved = np.stack([law.multipliers(place) for place in places], axis=1)  # (R, S + 1)
-        predicted = np.array([law.loss(recipe, *rung) for recipe in range(len(means))])
-        slopes = np.array([law.size_exponents[second] - law.size_exponents[first] for first, second in pairs])
-        return np.concatenate([_ratios(saved, pairs).ravel(), slopes, predicted, predicted - means[:, -1, -1]])
+        multipliers = np.stack([law.multipliers(size) for size in losses.parameters], axis=1)  # (R, S)
+        predicted = np.array([law.loss(recipe, largest, longest) for recipe in range(len(means))])  # (R,)
+        return {
+            "multipliers": _by_pair(multipliers, pairs),
+            "extrapolated": _by_pair(law.multipliers(target.parameters), pairs),
+            "g": np.array([law.size_exponents[second] - law.size_exponents[first] for first, second in pairs]),
+            **_held_out_figures(predicted, means),
+        }
 
-    found, count = bands(losses, figures), len(pairs) * len(places)
-    multipliers = [found[row * len(places) : (row + 1) * len(places)] for row in range(len(pairs))]
+    found = bands(losses, figures)
     return {
         "constants": full.constants,
-        "multipliers": [[asdict(band) for band in row[:-1]] for row in multipliers],
-        "g": [asdict(band) for band in found[count : count + len(pairs)]],
-        "held_out": _held_out(losses, found[count + len(pairs) :]),
+        "multipliers": _json(found["multipliers"]),
+        "g": _json(found["g"]),
+        "held_out": _held_out(losses, found),
         "extrapolation": {
             "to": target.name, "parameters": target.parameters, "tokens": target.tokens,
-            "parameters_factor": target.parameters / float(losses.parameters[-1]),
-            "tokens_factor": target.tokens / float(losses.tokens[-1]),
-            "multipliers": [asdict(row[-1]) for row in multipliers],
+            "parameters_factor": target.parameters / largest, "tokens_factor": target.tokens / longest,
+            "multipliers": _json(found["extrapolated"]),
             "published": PUBLISHED,
         },
         "curves": _curves(full, losses),
     }  # fmt: skip
 
 
-def _ratios(saved: np.ndarray, pairs: Sequence[tuple[int, int]]) -> np.ndarray:
-    """Multiplier of the second recipe of each pair against the first: (R, S) -> (pairs, S)."""
-    return np.stack([saved[second] / saved[first] for first, second in pairs])
+def _by_pair(multipliers: np.ndarray, pairs: Sequence[Pair]) -> np.ndarray:
+    """Multiplier of the second recipe of each pair against the first: (R, ...) -> (pairs, ...)."""
+    return np.stack([multipliers[second] / multipliers[first] for first, second in pairs])
 
 
-def _held_out(losses: Losses, found: Sequence[Band]) -> list[dict[str, Any]]:
-    """The largest rung of each recipe, from bands of the predictions and then of their errors."""
-    recipes = len(losses.recipes)
+def _held_out_figures(predicted: np.ndarray, means: np.ndarray) -> dict[str, np.ndarray]:
+    """What a law says of the largest rung of each recipe, (R,), and how far that is from its mean loss, (R,)."""
+    return {"predicted": predicted, "errors": predicted - means[:, -1, -1]}
+
+
+def _held_out(losses: Losses, found: dict[str, np.ndarray]) -> list[dict[str, Any]]:
+    """The largest rung of each recipe, with the bands of `_held_out_figures`."""
+    rungs = zip(losses.recipes, losses.means[:, -1, -1], found["predicted"], found["errors"], strict=True)
     return [
         {
-            "recipe": name, "loss": float(losses.means[recipe, -1, -1]), "predicted": asdict(found[recipe]),
-            "error": asdict(found[recipes + recipe]),
-            "inside": bool(found[recipes + recipe].low <= 0 <= found[recipes + recipe].high),
+            "recipe": recipe, "loss": float(loss), "predicted": asdict(predicted), "error": asdict(error),
+            "inside": bool(error.low <= 0 <= error.high),
         }
-        for recipe, name in enumerate(losses.recipes)
+        for recipe, loss, predicted, error in rungs
     ]  # fmt: skip
+
+
+def _json(found: np.ndarray) -> Any:
+    """Bands as JSON values, in lists as deep as the array."""
+    return np.vectorize(asdict, otypes=[object])(found).tolist()
 
 
 def _curves(law: JointLaw, losses: Losses) -> dict[str, Any]:

@@ -5,7 +5,7 @@ A multiplier m is the tokens that the reference needs for a loss, divided by tho
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -81,22 +81,30 @@ class Band:
     high: float = math.nan
 
 
-def bands(losses: Losses, statistic: Callable[[np.ndarray], np.ndarray], drop_sizes: bool = True) -> list[Band]:
+def bands(
+    losses: Losses, statistic: Callable[[np.ndarray], Mapping[str, np.ndarray]], drop_sizes: bool = True
+) -> dict[str, np.ndarray]:
     """Figures of a ladder with their bands.
 
     Args:
-        statistic: from means (R, S, K), where the cells of a size may be NaN, to figures (F,).
+        statistic: from means (R, S, K), where the cells of a size may be NaN, to named figures of any shapes.
         drop_sizes: also leave out one size at a time. False: each figure comes from one size.
+
+    Returns:
+        the same names and shapes, with a `Band` in place of each number.
     """
-    value = statistic(losses.means)
+    values = statistic(losses.means)
     sizes, spreads = len(losses.parameters), losses.spreads()
     chance = np.random.default_rng(0)
     resampled = [statistic(losses.resampled(spreads, chance)) for _ in range(RESAMPLES if spreads.size else 0)]
     dropped = [statistic(_without_size(losses.means, size)) for size in range(sizes if drop_sizes and sizes > 1 else 0)]
-    return [
-        _band(figure, [row[column] for row in resampled], [row[column] for row in dropped])
-        for column, figure in enumerate(value)
-    ]
+    found = {name: np.empty(figures.shape, dtype=object) for name, figures in values.items()}
+    for name, figures in found.items():
+        for place in np.ndindex(figures.shape):
+            by_seeds = [row[name].item(place) for row in resampled]
+            by_size = [row[name].item(place) for row in dropped]
+            figures[place] = _band(values[name].item(place), by_seeds, by_size)
+    return found
 
 
 def _band(value: float, resampled: Sequence[float], dropped: Sequence[float]) -> Band:
@@ -104,8 +112,8 @@ def _band(value: float, resampled: Sequence[float], dropped: Sequence[float]) ->
     if np.isfinite(resampled).any():
         ends += list(np.nanpercentile(resampled, LEVEL))
     if not ends:
-        return Band(float(value))
-    return Band(float(value), float(min(*ends, value)), float(max(*ends, value)))
+        return Band(value)
+    return Band(value, float(min(*ends, value)), float(max(*ends, value)))
 
 
 def _without_size(means: np.ndarray, size: int) -> np.ndarray:

@@ -7,8 +7,7 @@ With Muon, both rates are scaled together at first, then AdamW's alone.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from myllm.config import OptimConfig, RunConfig
 from myllm.errors import UserError, bullets
@@ -26,8 +25,13 @@ CHECKED = (0.7, 1.0, 1.4)
 
 Run = Callable[[Sequence[Cell]], Sequence[float]]
 """Trains cells and returns their losses."""
-Key = tuple[str, int]
-"""Recipe and width."""
+
+
+class Key(NamedTuple):
+    """What has a learning rate of its own."""
+
+    recipe: str
+    width: int
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,39 @@ class Line:
         below, middle, above = (self.losses.get(self.best + shift, math.inf) for shift in (-1, 0, 1))
         bend = below - 2 * middle + above
         return self.best + ((below - above) / (2 * bend) if 0 < bend < math.inf else 0.0)
+
+    def by_power(self) -> dict[str, float]:
+        """As JSON values, the lowest power first."""
+        return {str(power): loss for power, loss in sorted(self.losses.items())}
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What was tried for a recipe at a width. All powers of two are of `guess`."""
+
+    guess: OptimConfig
+    together: Line
+    """Both rates at the same power. Without Muon, muon_lr has no effect."""
+    alone: Line | None
+    """With Muon: max_lr, from the best power of `together` on, where muon_lr stays."""
+
+    @property
+    def optimum(self) -> dict[str, float]:
+        if self.alone is None:
+            return {"max_lr": self.guess.max_lr * 2.0**self.together.optimum}
+        return {
+            "max_lr": self.guess.max_lr * 2.0 ** (self.together.best + self.alone.optimum),
+            "muon_lr": self.guess.muon_lr * 2.0**self.together.optimum,
+        }
+
+    def record(self, key: Key) -> dict[str, Any]:
+        """For the report, as JSON values."""
+        return {
+            "recipe": key.recipe, "width": key.width,
+            "guess": {setting: getattr(self.guess, setting) for setting in self.optimum},
+            "losses": self.together.by_power(), "optimum": self.optimum,
+            "max_lr_alone": self.alone.by_power() if self.alone else None,
+        }  # fmt: skip
 
 
 def first_guess(recipe: RunConfig, width: int) -> OptimConfig:
@@ -81,13 +118,13 @@ def count_runs(recipes: Mapping[str, RunConfig], grid: Grid) -> int:
     return per_recipe * len(recipes) + (len(ALONE) - 1) * widths * muon
 
 
-def search_lines(cells: Mapping[Key, Callable[[int], Cell]], powers: Sequence[int], run: Run) -> dict[Key, Line]:
+def search_lines(keys: list[Key], cell: Callable[[Key, int], Cell], powers: Sequence[int], run: Run) -> dict[Key, Line]:
     """Try powers of two, and further ones while the best lies at an edge, in rounds: each trains what all want next."""
-    losses: dict[Key, dict[int, float]] = {key: {} for key in cells}
-    wanted = {key: list(powers) for key in cells}
+    losses: dict[Key, dict[int, float]] = {key: {} for key in keys}
+    wanted = {key: list(powers) for key in keys}
     reach = range(min(powers) - MAX_EXTENSIONS, max(powers) + MAX_EXTENSIONS + 1)
     while wanted:
-        found = iter(run([cells[key](power) for key, tried in wanted.items() for power in tried]))
+        found = iter(run([cell(key, power) for key, tried in wanted.items() for power in tried]))
         for key, tried in wanted.items():
             losses[key] |= {power: next(found) for power in tried}
         beyond = {key: Line(losses[key]).beyond for key in wanted}
@@ -103,54 +140,43 @@ def search_rates(
     Raises:
         UserError: an optimum lies at an edge of what was tried.
     """
-    widths = grid.widths[:2]
-    keys = [(name, width) for name in recipes for width in widths]
+    keys = [Key(recipe, width) for recipe in recipes for width in grid.widths[:2]]
+    guesses = {key: first_guess(recipes[key.recipe], key.width) for key in keys}
 
-    def cell(key: Key, muon: int | None, power: int) -> Cell:
-        """With max_lr at a power of two of its guess; muon_lr at its own, or with None at the same."""
-        (name, width), base = key, 0 if muon is None else muon
-        guess = first_guess(recipes[name], width)
-        optim = replace(
-            guess, max_lr=guess.max_lr * 2.0 ** (base + power),
-            muon_lr=guess.muon_lr * 2.0 ** (power if muon is None else muon),
-        )  # fmt: skip
-        return make_cell(name, recipes[name], grid, (width, grid.middle_length, SEED), optim)
+    def cell(key: Key, max_lr_power: int, muon_lr_power: int) -> Cell:
+        guess = guesses[key]
+        max_lr, muon_lr = guess.max_lr * 2.0**max_lr_power, guess.muon_lr * 2.0**muon_lr_power
+        optim = replace(guess, max_lr=max_lr, muon_lr=muon_lr)
+        return make_cell(key.recipe, recipes[key.recipe], grid, (key.width, grid.middle_length, SEED), optim)
 
-    together = search_lines({key: partial(cell, key, None) for key in keys}, TOGETHER, run)
-    muon = [key for key in keys if recipes[key[0]].optim.optimizer == "muon"]
-    alone = search_lines({key: partial(cell, key, together[key].best) for key in muon}, ALONE, run)
-    names = {key: "muon_lr and max_lr" if key in muon else "max_lr" for key in keys}
-    edges = [(*key, names[key], line) for key, line in together.items() if line.beyond is not None]
-    edges += [(*key, "max_lr alone", line) for key, line in alone.items() if line.beyond is not None]
-    if edges:
-        raise _edge_error(edges)
-    found: dict[str, dict[int, dict[str, float]]] = {name: {} for name in recipes}
-    record = []
-    for name, width in keys:
-        key, guess = (name, width), first_guess(recipes[name], width)
-        pair, single = together[key], alone.get(key)
-        row = {"max_lr": guess.max_lr * 2.0 ** (pair.best + single.optimum if single else pair.optimum)}
-        if key in muon:
-            row["muon_lr"] = guess.muon_lr * 2.0**pair.optimum
-        found[name][width] = row
-        record.append({
-            "recipe": name, "width": width, "guess": {setting: getattr(guess, setting) for setting in row},
-            "losses": {str(n): loss for n, loss in sorted(pair.losses.items())}, "optimum": row,
-            "max_lr_alone": {str(n): loss for n, loss in sorted(single.losses.items())} if single else None,
-        })  # fmt: skip
-    return {name: RecipeRates(grid.middle_length, by_width) for name, by_width in found.items()}, record
+    together = search_lines(keys, lambda key, power: cell(key, power, power), TOGETHER, run)
+    best = {key: line.best for key, line in together.items()}
+    muon = [key for key in keys if guesses[key].optimizer == "muon"]
+    alone = search_lines(muon, lambda key, power: cell(key, best[key] + power, best[key]), ALONE, run)
+    _check_edges(together, alone)
+    tuned = {key: Tuning(guesses[key], together[key], alone.get(key)) for key in keys}
+    rates = {}
+    for recipe in recipes:
+        by_width = {key.width: tuning.optimum for key, tuning in tuned.items() if key.recipe == recipe}
+        rates[recipe] = RecipeRates(grid.middle_length, by_width)
+    return rates, [tuning.record(key) for key, tuning in tuned.items()]
 
 
-def _edge_error(edges: Sequence[tuple[str, int, str, Line]]) -> UserError:
+def _check_edges(together: Mapping[Key, Line], alone: Mapping[Key, Line]) -> None:
+    edges = [(key, "muon_lr and max_lr" if key in alone else "max_lr", line) for key, line in together.items()]
+    edges += [(key, "max_lr alone", line) for key, line in alone.items()]
     lines = []
-    for name, width, setting, line in edges:
+    for key, setting, line in edges:
+        if line.beyond is None:
+            continue
         side = "highest" if line.best == max(line.losses) else "lowest"
         tried = ", ".join(f"x{2.0**power:g} {loss:.4f}" for power, loss in sorted(line.losses.items()))
-        lines.append(f"{name}, width {width}, {setting}: the {side} is the best (factor and loss: {tried})")
-    return UserError(
-        "no fit: an optimum lies at the edge of the rates that were tried, so the recipes are not equally tuned:\n"
-        f"{bullets(lines)}\ngive better rates with --rates FILE.json, or correct the recipe's own"
-    )
+        lines.append(f"{key.recipe}, width {key.width}, {setting}: the {side} is the best (factor and loss: {tried})")
+    if lines:
+        raise UserError(
+            "no fit: an optimum lies at the edge of the rates that were tried, so the recipes are not equally tuned:\n"
+            f"{bullets(lines)}\ngive better rates with --rates FILE.json, or correct the recipe's own"
+        )
 
 
 def check_rule(
