@@ -113,7 +113,16 @@ class Replicas:
 
 
 class Shards:
-    """Every rank has some rows of each parameter: FSDP2. Methods as those of `Replicas`."""
+    """Every rank holds some rows of each parameter: FSDP2. Methods as those of `Replicas`.
+
+    Two ranks and four matrices: rank 0 owns a and b, rank 1 owns c and d. a0 are the rows of a that rank 0 holds, flat.
+
+        to_owners      rank 0 sends  a0 b0 | c0 d0      and receives  a0 b0 | a1 b1, the whole of a and b
+                       rank 1 sends  a1 b1 | c1 d1      and receives  c0 d0 | c1 d1, the whole of c and d
+                         one part for each owner                      one part from each holder
+
+        from_owners    the same with both columns exchanged: a part for each holder, a part from each owner
+    """
 
     def __init__(self, parameter: DTensor) -> None:
         assert parameter.placements == (Shard(0),), f"expected rows on one mesh, got {parameter.placements}"
@@ -125,52 +134,58 @@ class Shards:
 
     def to_owners(self, matrices: Sequence[Matrix], rows_of: Callable[[Matrix], Tensor]) -> Tensor:
         own = owned(matrices, self._rank, self._world_size)
-        sent = torch.cat([rows_of(matrix).flatten() for matrix in matrices])
-        received = sent.new_empty(sum(matrix.n_rows * matrix.columns for matrix in own))
-        sizes = self._numbers_from(own), self._numbers_to(matrices)
-        dist.all_to_all_single(received, sent, *sizes, group=self._group)
-        by_rank = [part.split(self._numbers(own, rank)) for rank, part in enumerate(received.split(sizes[0]))]
+        by_owner, by_holder = self._elements_by_owner(matrices), self._elements_by_holder(own)
+        sent = torch.cat([rows_of(matrix).flatten() for matrix in matrices])  # (sum(by_owner),)
+        received = sent.new_empty(sum(by_holder))
+        dist.all_to_all_single(
+            received, sent, output_split_sizes=by_holder, input_split_sizes=by_owner, group=self._group
+        )
+        pieces = [  # by holder, then by matrix: (its rows * C,)
+            part.split(self._elements(own, holder)) for holder, part in enumerate(received.split(by_holder))
+        ]
         whole = [
-            matrix.wide(torch.cat([parts[i].view(-1, matrix.columns) for parts in by_rank]))
+            matrix.wide(torch.cat([part[i].view(-1, matrix.columns) for part in pieces]))  # (R, C) -> (S, L)
             for i, matrix in enumerate(own)
         ]
         return _stack(whole, matrices[0], rows_of)
 
     def from_owners(self, matrices: Sequence[Matrix], updates: Tensor) -> Callable[[], list[Tensor]]:
         own = owned(matrices, self._rank, self._world_size)
-        parts = [
+        by_owner, by_holder = self._elements_by_owner(matrices), self._elements_by_holder(own)
+        pieces = [  # by matrix, then by holder: (its rows, C)
             matrix.wide(update).split(self._row_counts(matrix)) for matrix, update in zip(own, updates, strict=True)
         ]
-        rows = [part[rank].flatten() for rank in range(self._world_size) for part in parts]
-        sent = torch.cat(rows) if rows else updates.new_empty(0)
-        sizes = self._numbers_to(matrices), self._numbers_from(own)
-        received = sent.new_empty(sum(sizes[0]))
-        work = dist.all_to_all_single(received, sent, *sizes, group=self._group, async_op=True)
+        flat = [rows[holder].flatten() for holder in range(self._world_size) for rows in pieces]
+        sent = torch.cat(flat) if flat else updates.new_empty(0)  # (sum(by_holder),)
+        received = sent.new_empty(sum(by_owner))
+        work = dist.all_to_all_single(
+            received, sent, output_split_sizes=by_owner, input_split_sizes=by_holder, group=self._group, async_op=True
+        )
 
         def wait(sent: Tensor = sent) -> list[Tensor]:  # which must exist until it has arrived
             work.wait()
-            split = received.split(self._numbers(matrices, self._rank))
-            return [part.view(-1, matrix.columns) for matrix, part in zip(matrices, split, strict=True)]
+            parts = received.split(self._elements(matrices, self._rank))
+            return [part.view(-1, matrix.columns) for matrix, part in zip(matrices, parts, strict=True)]
 
         return wait
 
     def _row_counts(self, matrix: Matrix) -> list[int]:
-        """Of a matrix, by rank."""
+        """Rows of a matrix that each rank holds."""
         slices = (matrix.local_rows(rank, self._world_size) for rank in range(self._world_size))
         return [rows.stop - rows.start for rows in slices]
 
-    def _numbers(self, matrices: Sequence[Matrix], rank: int) -> list[int]:
-        """That a rank has of each matrix."""
-        return [self._row_counts(matrix)[rank] * matrix.columns for matrix in matrices]
+    def _elements(self, matrices: Sequence[Matrix], holder: int) -> list[int]:
+        """Elements of each matrix that a rank holds."""
+        return [self._row_counts(matrix)[holder] * matrix.columns for matrix in matrices]
 
-    def _numbers_from(self, own: Sequence[Matrix]) -> list[int]:
-        """That each rank has of this rank's matrices."""
-        return [sum(self._numbers(own, rank)) for rank in range(self._world_size)]
+    def _elements_by_holder(self, own: Sequence[Matrix]) -> list[int]:
+        """Elements of this rank's matrices that each rank holds."""
+        return [sum(self._elements(own, holder)) for holder in range(self._world_size)]
 
-    def _numbers_to(self, matrices: Sequence[Matrix]) -> list[int]:
-        """That this rank has of each rank's matrices."""
-        world = range(self._world_size)
-        return [sum(self._numbers(owned(matrices, rank, self._world_size), self._rank)) for rank in world]
+    def _elements_by_owner(self, matrices: Sequence[Matrix]) -> list[int]:
+        """Elements of each owner's matrices that this rank holds."""
+        owners = range(self._world_size)
+        return [sum(self._elements(owned(matrices, owner, self._world_size), self._rank)) for owner in owners]
 
 
 def _stack(whole: list[Tensor], first: Matrix, rows_of: Callable[[Matrix], Tensor]) -> Tensor:
