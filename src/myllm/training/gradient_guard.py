@@ -12,14 +12,15 @@ finite. It skips the update and halves the scale; only at the smallest scale doe
 """
 
 import math
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import asdict, dataclass, field, replace
+from types import SimpleNamespace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from myllm.checkpoint.rng import get_rng_state
-from myllm.checkpoint.state import SkipStats, TrainState
+from myllm.checkpoint.state import FIRST_LOSS_SCALE, SkipStats, TrainState
 from myllm.config import TrainConfig
 from myllm.data.sampler import DataPosition
 from myllm.distributed.precision import needs_loss_scale
@@ -79,23 +80,21 @@ class GradientGuard:
         """Found by `sync`; the caller reports and removes them."""
         self.diverged = False
         """The last of them ends the run."""
-        counts = (self._skips.nonfinite, self._skips.spikes, self._skips.consecutive, self._skips.norm_count)
-        self._nonfinite, self._spikes, self._consecutive, self._norm_count = torch.tensor(
-            counts, device=device
-        ).unbind()
-        numbers = (self._skips.log_norm_mean, self._skips.log_norm_variance)
-        self._mean, self._variance = torch.tensor(numbers, dtype=torch.float32, device=device).unbind()
-        self._frozen = torch.zeros((), dtype=torch.bool, device=device)
-        self._overflows, self._steps_at_scale = torch.tensor(
-            (self._skips.overflows, self._skips.steps_at_scale), device=device
-        ).unbind()
-        self._scale = torch.tensor(self._skips.loss_scale, dtype=torch.float32, device=device)
         self._scales = needs_loss_scale(config.precision, device)
+        start = self._skips
+        if not self._scales:  # a run that was in float16 has no scale now
+            start = replace(start, overflows=0, loss_scale=FIRST_LOSS_SCALE, steps_at_scale=0)
+        # The fields of SkipStats as scalars on the device, int64 or float32.
+        self._stats = SimpleNamespace(**{
+            name: torch.tensor(value, dtype=torch.float32 if isinstance(value, float) else torch.int64, device=device)
+            for name, value in asdict(start).items()
+        })  # fmt: skip
+        self._frozen = torch.zeros((), dtype=torch.bool, device=device)
 
     @property
     def loss_scale(self) -> Tensor | None:
         """For the current step: a float32 scalar on the device; None: no scale."""
-        return self._scale if self._scales else None
+        return self._stats.loss_scale if self._scales else None
 
     def record(self, state: TrainState) -> None:
         """Keep the state before the next step. Takes a few microseconds on the host and nothing on the device."""
@@ -105,58 +104,79 @@ class GradientGuard:
     def check(self, grad_norm: Tensor) -> Tensor:
         """Decide on the update of the recorded step.
 
+        The verdict depends on the state before the step, and the new state on the verdict:
+
+            before    gradient                       verdict    counted           consecutive  then stopped
+            running   finite                         APPLIED    norm_count        0            no
+            running   finite, norm above the ceiling SPIKE      norm_count,       + 1          if consecutive is above
+                                                                spikes                         max_skipped_steps
+            running   not finite, scale above its    OVERFLOW   overflows         stays        no
+                      minimum
+            running   not finite otherwise           NONFINITE  nonfinite         + 1          as a spike, and always
+                                                                                               with on_nonfinite "stop"
+            stopped   any                            FROZEN     nothing           stays        stays
+
         Args:
             grad_norm: before clipping and without the loss scale; the same on every rank.
 
         Returns:
             1 to skip the update, 0 to apply it: a float32 scalar on the device.
         """
-        limit = self._config.skip_spikes_sigma
-        finite, running = grad_norm.isfinite(), ~self._frozen
-        overflow = ~finite & (self._scale > MIN_LOSS_SCALE) & self._scales
-        if self._scales:
-            self._rescale(finite, overflow, running)
+        stats, finite = self._stats, grad_norm.isfinite()
         log_norm = grad_norm.float().clamp_min(torch.finfo(torch.float32).tiny).log()
-        known = self._norm_count >= WARMUP_STEPS
-        ceiling = self._mean + (math.inf if limit is None else limit) * self._variance.sqrt().clamp_min(MIN_DEVIATION)
-        spike = finite & known & (log_norm > ceiling)
+        ceiling = self._ceiling()
+        may_halve = (stats.loss_scale > MIN_LOSS_SCALE) & self._scales
+        verdict = torch.where(
+            finite, torch.where(log_norm > ceiling, SPIKE, APPLIED), torch.where(may_halve, OVERFLOW, NONFINITE)
+        )
+        verdict = torch.where(self._frozen, FROZEN, verdict)
+        self._pending[-1].verdict, self._pending[-1].grad_norm = verdict, grad_norm
+
+        stats.nonfinite = stats.nonfinite + (verdict == NONFINITE)
+        stats.spikes = stats.spikes + (verdict == SPIKE)
+        stats.overflows = stats.overflows + (verdict == OVERFLOW)
         # A spike enters the statistics as the ceiling: a single one hardly moves them, but they follow a norm that has
         # risen for good.
-        self._add_norm(torch.where(known, torch.minimum(log_norm, ceiling), log_norm), running & finite)
-        self._nonfinite = self._nonfinite + (running & ~finite & ~overflow)
-        self._spikes = self._spikes + (running & spike)
-        bad = spike | ~finite
-        self._consecutive = torch.where(running & ~overflow, (self._consecutive + 1) * bad, self._consecutive)
-        stops = self._consecutive > self._config.max_skipped_steps
+        self._add_norm(torch.minimum(log_norm, ceiling), (verdict == APPLIED) | (verdict == SPIKE))
+        one_more = torch.where((verdict == NONFINITE) | (verdict == SPIKE), stats.consecutive + 1, stats.consecutive)
+        stats.consecutive = torch.where(verdict == APPLIED, 0, one_more)
+        if self._scales:
+            self._rescale(verdict)
+        self._frozen = self._frozen | (stats.consecutive > self._config.max_skipped_steps)
         if self._config.on_nonfinite == "stop":
-            stops = stops | (~finite & ~overflow)
-        bad_kind = torch.where(overflow, OVERFLOW, NONFINITE)
-        verdict = torch.where(finite, torch.where(spike, SPIKE, APPLIED), bad_kind)
-        verdict = torch.where(running, verdict, FROZEN)
-        self._frozen = self._frozen | stops
-        self._pending[-1].verdict, self._pending[-1].grad_norm = verdict, grad_norm
+            self._frozen = self._frozen | (verdict == NONFINITE)
         return (verdict != APPLIED).float()
+
+    def _ceiling(self) -> Tensor:
+        """A log norm above this is a spike: infinite if spikes are applied, or too few norms are known."""
+        stats, sigma = self._stats, self._config.skip_spikes_sigma
+        known = stats.norm_count >= WARMUP_STEPS if sigma is not None else torch.zeros_like(self._frozen)
+        deviation = stats.log_norm_variance.sqrt().clamp_min(MIN_DEVIATION)
+        return torch.where(known, stats.log_norm_mean + (sigma or 0.0) * deviation, math.inf)
 
     def _add_norm(self, log_norm: Tensor, counts: Tensor) -> None:
         """Add a norm: to a plain mean and variance at first, to exponentially weighted ones later.
 
         Source: West 1979, "Updating mean and variance estimates: an improved method", with weights that decay.
         """
-        weight = (1 / (self._norm_count + 1)).clamp_min(1 / MEMORY_STEPS)
-        difference = torch.where(counts, log_norm - self._mean, 0.0)
-        self._mean = self._mean + weight * difference
-        variance = (1 - weight) * (self._variance + weight * difference.square())
-        self._variance = torch.where(counts, variance, self._variance)
-        self._norm_count = self._norm_count + counts
+        stats = self._stats
+        weight = (1 / (stats.norm_count + 1)).clamp_min(1 / MEMORY_STEPS)
+        difference = torch.where(counts, log_norm - stats.log_norm_mean, 0.0)
+        stats.log_norm_mean = stats.log_norm_mean + weight * difference
+        variance = (1 - weight) * (stats.log_norm_variance + weight * difference.square())
+        stats.log_norm_variance = torch.where(counts, variance, stats.log_norm_variance)
+        stats.norm_count = stats.norm_count + counts
 
-    def _rescale(self, finite: Tensor, overflow: Tensor, running: Tensor) -> None:
+    def _rescale(self, verdict: Tensor) -> None:
         """Halve the loss scale at an overflow, double it after GROWTH_STEPS updates without one."""
-        steps = (self._steps_at_scale + 1) * finite
+        stats, finite = self._stats, (verdict == APPLIED) | (verdict == SPIKE)
+        steps = torch.where(finite, stats.steps_at_scale + 1, 0)
         grows = steps >= GROWTH_STEPS
-        scale = torch.where(overflow, self._scale / 2, torch.where(grows, self._scale * 2, self._scale))
-        self._scale = torch.where(running, scale.clamp(MIN_LOSS_SCALE, MAX_LOSS_SCALE), self._scale)
-        self._steps_at_scale = torch.where(running, steps * ~grows, self._steps_at_scale)
-        self._overflows = self._overflows + (running & overflow)
+        factor = torch.where(verdict == OVERFLOW, 0.5, torch.where(grows, 2.0, 1.0))
+        scale = (stats.loss_scale * factor).clamp(MIN_LOSS_SCALE, MAX_LOSS_SCALE)
+        running = verdict != FROZEN
+        stats.loss_scale = torch.where(running, scale, stats.loss_scale)
+        stats.steps_at_scale = torch.where(running, torch.where(grows, 0, steps), stats.steps_at_scale)
 
     def sync(self) -> SkipStats:
         """Read the decisions since the last call from the device, and update `skipped` and `diverged`."""
@@ -164,15 +184,12 @@ class GradientGuard:
             return self._skips
         pending, self._pending = self._pending, []
         verdicts = torch.stack([step.verdict for step in pending]).tolist()
-        counts = (self._nonfinite, self._spikes, self._consecutive, self._norm_count)
-        scaling = (self._overflows, self._steps_at_scale)
-        nonfinite, spikes, consecutive, norm_count, overflows, steps_at_scale, frozen = torch.stack(
-            (*counts, *scaling, self._frozen.long())
-        ).tolist()
-        mean, variance, scale = torch.stack((self._mean, self._variance, self._scale)).tolist()
-        scaled = (overflows, scale, steps_at_scale) if self._scales else ()
-        self._skips = SkipStats(nonfinite, spikes, consecutive, norm_count, mean, variance, *scaled)
-        self.diverged = bool(frozen)
+        numbers: dict[str, Any] = {}
+        for dtype in (torch.int64, torch.float32):  # one read from the device each
+            scalars = {name: scalar for name, scalar in vars(self._stats).items() if scalar.dtype == dtype}
+            numbers |= zip(scalars, torch.stack(list(scalars.values())).tolist(), strict=True)
+        self._skips = replace(self._skips, **numbers)
+        self.diverged = bool(self._frozen)
         for step, verdict in zip(pending, verdicts, strict=True):
             if kind := SKIP_KINDS.get(verdict):
                 self.skipped.append(SkippedStep(step.step, kind, step.grad_norm.item(), step.data, step.random))
