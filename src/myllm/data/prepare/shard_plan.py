@@ -80,16 +80,27 @@ class SplitWriter:
 
 @dataclass(frozen=True)
 class _Documents:
-    """The documents of an item that may be used."""
+    """The documents of an item, and which of them may be used.
+
+    Documents are named by their index in the item, in ascending arrays. An example, where validation takes document 1:
+
+        index           0  1  2  3  4  5
+        hashes          a  b  a  c  b  d
+        distinct        0  1     3     5      the first of each hash: only these may be held out
+        wanted          0  1  2  3  4  5      all; with dedup_exact, the distinct ones
+        held out           1
+        left            0     2  3  4  5      wanted, and not held out
+        for training    0     2  3     5      left, and no copy of what is held out: 4 is one
+    """
 
     item: int
     lengths: np.ndarray
     """Tokens of all the item's documents, (documents,) int64."""
     hashes: np.ndarray
+    """(documents,) uint64."""
     wanted: np.ndarray
-    """Indices of all, or with dedup_exact of `distinct`, (wanted,) int64."""
     distinct: np.ndarray
-    """Indices of those that are no copies of an earlier document."""
+    """No copies of a document of an earlier item either."""
 
     @property
     def starts(self) -> np.ndarray:
@@ -182,27 +193,32 @@ class ShardPlanner:
                 yield from self._add_to_training(documents)
 
     def _hold_out(self) -> Iterator[ShardSpec]:
-        left, candidates = self._documents_left(), []
-        for documents in self._held_back:
-            within, left = documents.wanted[:left], left - min(left, len(documents.wanted))
-            candidates.append(np.intersect1d(documents.distinct, within, assume_unique=True))
-        if not sum(map(len, candidates)):
+        candidates = self._candidates()
+        if not any(map(len, candidates)):
             return
-        # All candidates in one row: to which of the items they belong, their index there, their tokens.
-        owners = np.repeat(np.arange(len(candidates)), [len(indices) for indices in candidates])
+        # The n candidates of all items in one row: (n,), each.
         indices = np.concatenate(candidates)
-        lengths = np.concatenate(
-            [documents.lengths[own] for documents, own in zip(self._held_back, candidates, strict=True)]
-        )
+        lengths = np.concatenate([item.lengths[own] for item, own in zip(self._held_back, candidates, strict=True)])
         limit = min(self._val_tokens, int(lengths.sum()) // 10)
         chosen = _first_that_fit(lengths, limit, len(lengths) // 10)
-        for owner in np.unique(owners[chosen]).tolist():
-            yield from self._hold_out_whole(self._held_back[owner], indices[chosen[owners[chosen] == owner]])
-        if 2 * self.counts["val_tokens"] < limit:
-            longest = int(np.argmax(lengths))
-            if longest not in chosen:
-                tokens = min(limit - self.counts["val_tokens"], int(lengths[longest]) // 2)
-                yield from self._hold_out_end(self._held_back[owners[longest]], int(indices[longest]), tokens)
+        ends = np.cumsum([len(own) for own in candidates])  # of each item's part of the row
+        for documents, own, is_chosen in zip(self._held_back, candidates, np.split(chosen, ends[:-1]), strict=True):
+            if is_chosen.any():
+                yield from self._hold_out_whole(documents, own[is_chosen])
+        longest = int(np.argmax(lengths))
+        if 2 * self.counts["val_tokens"] < limit and not chosen[longest]:
+            documents = self._held_back[int(np.searchsorted(ends, longest, side="right"))]
+            tokens = min(limit - self.counts["val_tokens"], int(lengths[longest]) // 2)
+            yield from self._hold_out_end(documents, int(indices[longest]), tokens)
+
+    def _candidates(self) -> list[np.ndarray]:
+        """For each item that is held back: the distinct ones among its documents that `max_documents` allows."""
+        room, candidates = self._documents_left(), []
+        for documents in self._held_back:
+            allowed = documents.wanted[:room]
+            room -= len(allowed)
+            candidates.append(np.intersect1d(documents.distinct, allowed, assume_unique=True))
+        return candidates
 
     def _hold_out_whole(self, documents: _Documents, indices: np.ndarray) -> Iterator[ShardSpec]:
         self._held_out[documents.item] = indices
@@ -225,26 +241,32 @@ class ShardPlanner:
 
     def _add_to_training(self, documents: _Documents) -> Iterator[ShardSpec]:
         """Give training its documents of an item. All are counted, dropped ones too."""
-        lengths, held_out = documents.lengths.copy(), self._held_out.pop(documents.item, documents.wanted[:0])
+        lengths = documents.lengths.copy()  # of what training takes of each document
+        held_out = self._held_out.pop(documents.item, documents.wanted[:0])
         left = np.setdiff1d(documents.wanted, held_out, assume_unique=True)
-        copies = self._val_hashes.holds(documents.hashes[left])
+        is_copy = self._val_hashes.holds(documents.hashes[left])  # (left,)
         if self._split_document and self._split_document[0] == documents.item:
             _, index, tokens = self._split_document
-            copies[left == index] = False
+            is_copy[left == index] = False
             lengths[index] -= tokens
-        train = left[~copies][: self._documents_left()]
-        if self.target_tokens is not None:
-            wanted = self.target_tokens - self.counts["train_tokens"]
-            sums = np.cumsum(lengths[train])
-            train = train[: int(np.searchsorted(sums, wanted)) + 1]
-            if len(train) and (beyond := int(sums[len(train) - 1]) - wanted) > 0:
-                lengths[train[-1]] -= beyond  # the target is met to the token
+        train = self._until_target(left[~is_copy][: self._documents_left()], lengths)
         self._count("train", lengths[train])
-        # What is behind the last document that is needed is not looked at, in this item or another.
-        behind = int(train.max(initial=-1)) + 1 if self.full else len(lengths)
-        self.counts["duplicates_dropped"] += behind - int(np.searchsorted(documents.wanted, behind))
-        self.counts["copies_of_validation_dropped"] += int(np.searchsorted(left, behind)) - len(train)
+        # Of the last item, only the documents up to the last one that is needed are looked at.
+        seen = int(train.max(initial=-1)) + 1 if self.full else len(lengths)
+        self.counts["duplicates_dropped"] += seen - int(np.searchsorted(documents.wanted, seen))
+        self.counts["copies_of_validation_dropped"] += int(np.searchsorted(left, seen)) - len(train)
         yield from self.train.add(documents.item, documents.starts[train], lengths[train])
+
+    def _until_target(self, train: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """The first of these documents that meet the target. The last one is shortened in `lengths`, to the token."""
+        if self.target_tokens is None:
+            return train
+        wanted_tokens = self.target_tokens - self.counts["train_tokens"]
+        sums = np.cumsum(lengths[train])
+        train = train[: int(np.searchsorted(sums, wanted_tokens)) + 1]
+        if len(train) and (beyond := int(sums[len(train) - 1]) - wanted_tokens) > 0:
+            lengths[train[-1]] -= beyond
+        return train
 
     def _count(self, split: str, lengths: np.ndarray) -> None:
         self.counts[f"{split}_documents"] += len(lengths)
@@ -260,21 +282,21 @@ class ShardPlanner:
 
 
 def _first_that_fit(lengths: np.ndarray, max_tokens: int, max_documents: int) -> np.ndarray:
-    """Indices of the first documents that together are within the limits, (n,) int64.
+    """Which documents are the first that together are within the limits, (n,) bool.
 
     A document that is too long is skipped, unless nine tenths of the tokens are chosen already.
     """
-    chosen: list[int] = []
-    left = max_tokens
+    chosen = np.zeros(len(lengths), dtype=bool)
+    left, count = max_tokens, 0
     for index, length in enumerate(lengths.tolist()):
-        if len(chosen) == max_documents:
+        if count == max_documents:
             break
         if length <= left:
-            chosen.append(index)
-            left -= length
+            chosen[index] = True
+            left, count = left - length, count + 1
         elif 10 * left <= max_tokens:
             break
-    return np.array(chosen, dtype=np.int64)
+    return chosen
 
 
 class HashSet:
