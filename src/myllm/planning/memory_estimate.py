@@ -1,9 +1,7 @@
 """Peak memory of one rank in training, from the config alone: derived from the code, not fitted.
 
-Bytes are counted along one step; the largest of six moments is the peak: in the loss, in its backward pass, in the
-backward pass of the last block (all other blocks' activations still exist) and of the first (every gradient exists), at
-the embedding's gradient, which comes last, and in an update with Muon. The tests compare with what torch allocates, so
-a change to model/ that keeps another tensor must change this file too. Attention counts as a fused kernel, even where
+The peak is the largest of six moments of a step (`_moments`). The tests compare with what torch allocates, so a change
+to model/ that keeps another tensor must change this file too. Attention counts as a fused kernel, even where
 train.attention math materializes T x T scores.
 
 Letters: N tokens of a micro-batch, D d_model, F d_ff, V padded vocabulary, C tokens of a chunk of the loss; `w` bytes
@@ -87,13 +85,8 @@ def memory_by_part(config: RunConfig, mode: ComputeMode) -> dict[str, int]:
         "weights": FLOAT * parameters // shards + rotary,
         "optimizer state": optimizer_state_bytes(config) // shards,
     }
-    accumulates = config.train.batch_tokens > n * mode.ranks
-    moments = [
-        {name: part for name, part in moment.items() if part}
-        for moment in _moments(config, mode, n, accumulates, parameters // shards)
-    ]
-    peak = max(moments, key=lambda moment: sum(moment.values()))
-    parts |= peak
+    peak = max(_moments(config, mode, n, parameters // shards), key=lambda moment: sum(moment.values()))
+    parts |= {name: part for name, part in peak.items() if part}
     if mode.sharded:
         parts["gathered matrices"] = _gathered_bytes(model, mode)
     parts["batches"] = 4 * n * 16  # int64 tokens and targets, some of them in transfer
@@ -107,40 +100,58 @@ def predicted_bytes(config: RunConfig, mode: ComputeMode) -> int:
     return sum(memory_by_part(config, mode).values())
 
 
-def _moments(config: RunConfig, mode: ComputeMode, n: int, accumulates: bool, stored: int) -> list[dict[str, int]]:
-    """Gradients, activations and temporaries at each moment that can be the peak.
+def _moments(config: RunConfig, mode: ComputeMode, n: int, stored: int) -> list[dict[str, int]]:
+    """What exists besides weights and optimizer state at each moment that can be the peak, in the order of a step.
 
-    Args:
-        n: tokens of a micro-batch.
-        accumulates: gradients of an earlier micro-step exist all along.
-        stored: parameters of this rank.
+    Gradients come into being from the head down to the embedding; a block's activations go with its backward pass:
+
+        moment               gradients                                    activations     temporary
+        loss                 of earlier micro-steps                       of all layers   logits of a chunk
+        its backward pass    the same                                     of all layers   its two gradients
+        last block's         the same, and the head's if it is tied       of all blocks   a block's work
+        first block's        all but the embedding's, and the head's ...  of one block    a block's work
+        embedding's          the same                                     none            the embedding's gradient
+        update               all                                          none            Muon's
+
+    `n` is the tokens of a micro-batch, `stored` the parameters of this rank.
     """
     model, recomputes = config.model, config.train.activation_checkpointing
-    table = FLOAT * model.padded_vocab_size * model.d_model  # the gradient of the head, or of the embedding
-    ddp = mode.ranks > 1 and not mode.sharded  # its buckets exist all along, and gradients are views of them
-    before = FLOAT * stored if accumulates or ddp else 0
-    last = max(before, FLOAT * stored - table)  # only the embedding's gradient is missing
-    if mode.one_graph and mode.ranks == 1:  # the graph returns all new gradients at its end
-        last = before + FLOAT * stored - table
-    elif mode.compiled and before:  # a graph returns the gradients of its block beside the earlier ones
-        last += _matrices_of_a_block(model) * FLOAT // (mode.ranks if mode.sharded else 1)
+    stream = _stream_width(model, mode) * n * model.d_model  # the residual stream, or its gradient
+    table = FLOAT * model.padded_vocab_size * model.d_model  # the gradient of the embedding, or of the head
+    tied = table if model.tie_embeddings else 0  # the head's part of it, which waits for the embedding's
+
+    earlier, all_but_table = _gradients(config, mode, n, stored)
     block = block_saved_bytes(model, mode, n)
-    stream = _stream_width(model, mode) * n * model.d_model  # the residual stream, and its gradient
-    kept_block = stream if recomputes else block
-    outside = outer_saved_bytes(model, mode, n)
-    kept = model.n_layers * kept_block + outside
-    recomputed = block - kept_block
-    block_work = stream + recomputed + _block_work_bytes(model, mode, n)
-    tied = table if model.tie_embeddings else 0  # the head's part waits for the embedding's
+    kept_block = stream if recomputes else block  # with checkpointing, only a block's input outlives its forward pass
+    kept_blocks = model.n_layers * kept_block
+    kept = kept_blocks + outer_saved_bytes(model, mode, n)
     half_weights = _half_weights(model) if mode.half and recomputes else 0  # autocast's cache, until the loss exists
+    loss = loss_bytes(model, mode, n) + half_weights
+    block_work = stream + (block - kept_block) + _block_work_bytes(model, mode, n)
+    update = muon_update_bytes(config, mode.ranks, 2 if mode.half else FLOAT)
     return [
-        {"gradients": before, "activations": kept, "loss": loss_bytes(model, mode, n) + half_weights},
-        {"gradients": before, "activations": kept, "loss": loss_backward_bytes(model, mode, n)},
-        {"gradients": before + tied, "activations": kept - outside, "backward pass": block_work},
-        {"gradients": last + tied, "activations": kept_block, "backward pass": block_work},
-        {"gradients": last + tied, "activations": 0, "backward pass": stream + table},
-        {"gradients": FLOAT * stored, "update": muon_update_bytes(config, mode.ranks, 2 if mode.half else FLOAT)},
+        {"gradients": earlier, "activations": kept, "loss": loss},
+        {"gradients": earlier, "activations": kept, "loss": loss_backward_bytes(model, mode, n)},
+        {"gradients": earlier + tied, "activations": kept_blocks, "backward pass": block_work},
+        {"gradients": all_but_table + tied, "activations": kept_block, "backward pass": block_work},
+        {"gradients": all_but_table + tied, "activations": 0, "backward pass": stream + table},
+        {"gradients": FLOAT * stored, "activations": 0, "update": update},
     ]
+
+
+def _gradients(config: RunConfig, mode: ComputeMode, n: int, stored: int) -> tuple[int, int]:
+    """Bytes of gradients during the loss, and when only the embedding's is missing. See `_moments` for arguments."""
+    model = config.model
+    accumulates = config.train.batch_tokens > n * mode.ranks  # those of an earlier micro-step exist all along
+    ddp = mode.ranks > 1 and not mode.sharded  # its buckets exist all along, and gradients are views of them
+    earlier = FLOAT * stored if accumulates or ddp else 0
+    new = FLOAT * stored - FLOAT * model.padded_vocab_size * model.d_model
+    if mode.one_graph and mode.ranks == 1:  # the graph returns all new gradients at its end, beside the earlier ones
+        return earlier, earlier + new
+    all_but_table = max(earlier, new)  # a new gradient is added to an earlier one at once
+    if mode.compiled and earlier:  # a graph returns the gradients of its block beside the earlier ones
+        all_but_table += _matrices_of_a_block(model) * FLOAT // (mode.ranks if mode.sharded else 1)
+    return earlier, all_but_table
 
 
 # -- saved by autograd -------------------------------------------------------------------------------------------------
