@@ -83,6 +83,28 @@ def test_updates_after_divergence_are_skipped() -> None:
     assert (skips.nonfinite, skips.norm_count) == (1, 1)
 
 
+@pytest.mark.parametrize(
+    ("norm", "scale", "changed"),
+    [
+        (1.0, 4.0, {"norm_count": 101, "consecutive": 0}),
+        (9.0, 4.0, {"norm_count": 101, "spikes": 1, "consecutive": 3}),
+        (math.nan, 4.0, {"overflows": 1}),
+        (math.inf, 1.0, {"nonfinite": 1, "consecutive": 3}),
+    ],
+)
+def test_counts_follow_the_table_of_verdicts(norm: float, scale: float, changed: dict[str, int]) -> None:
+    """The docstring of `check`, row by row; once the run is stopped, no norm changes anything."""
+    config = TrainConfig(precision="float16", on_nonfinite="skip", skip_spikes_sigma=6.0, max_skipped_steps=2)
+    start = SkipStats(consecutive=2, norm_count=100, loss_scale=scale)
+    verdicts, skips = judged(config, [norm], start)
+    names = ("nonfinite", "spikes", "consecutive", "norm_count", "overflows")
+    assert {name: getattr(skips, name) for name in names if getattr(skips, name) != getattr(start, name)} == changed
+    assert verdicts == [int(norm != 1.0)]
+    if changed.get("consecutive") == 3:
+        for after in (1.0, 9.0, math.nan):
+            assert judged(config, [norm, after], start) == ([1, 1], skips)
+
+
 def test_nonfinite_loss_makes_gradients_nan(tiny: RunConfig) -> None:
     """Minus infinity as the logit of a target gives an infinite loss with a gradient that looks sound."""
 

@@ -143,8 +143,8 @@ class Shards:
         pieces = [  # by holder, then by matrix: (its rows * C,)
             part.split(self._elements(own, holder)) for holder, part in enumerate(received.split(by_holder))
         ]
-        whole = [
-            matrix.wide(torch.cat([part[i].view(-1, matrix.columns) for part in pieces]))  # (R, C) -> (S, L)
+        whole = [  # (R, C) -> (S, L)
+            matrix.wide(torch.cat([part[i].view(-1, matrix.columns) for part in pieces]))
             for i, matrix in enumerate(own)
         ]
         return _stack(whole, matrices[0], rows_of)

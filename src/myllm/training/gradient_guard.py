@@ -104,17 +104,15 @@ class GradientGuard:
     def check(self, grad_norm: Tensor) -> Tensor:
         """Decide on the update of the recorded step.
 
-        The verdict depends on the state before the step, and the new state on the verdict:
+        The verdict depends on the state before the step, and the new state on the verdict. The run stops once
+        `consecutive` is above max_skipped_steps, and at NONFINITE with on_nonfinite "stop".
 
-            before    gradient                       verdict    counted           consecutive  then stopped
-            running   finite                         APPLIED    norm_count        0            no
-            running   finite, norm above the ceiling SPIKE      norm_count,       + 1          if consecutive is above
-                                                                spikes                         max_skipped_steps
-            running   not finite, scale above its    OVERFLOW   overflows         stays        no
-                      minimum
-            running   not finite otherwise           NONFINITE  nonfinite         + 1          as a spike, and always
-                                                                                               with on_nonfinite "stop"
-            stopped   any                            FROZEN     nothing           stays        stays
+            before   gradient                           verdict    counted              consecutive
+            running  finite                             APPLIED    norm_count           0
+            running  finite, norm above the ceiling     SPIKE      norm_count, spikes   + 1
+            running  not finite, scale not its minimum  OVERFLOW   overflows            stays
+            running  not finite otherwise               NONFINITE  nonfinite            + 1
+            stopped  any                                FROZEN     nothing              stays
 
         Args:
             grad_norm: before clipping and without the loss scale; the same on every rank.
@@ -131,7 +129,6 @@ class GradientGuard:
         )
         verdict = torch.where(self._frozen, FROZEN, verdict)
         self._pending[-1].verdict, self._pending[-1].grad_norm = verdict, grad_norm
-
         stats.nonfinite = stats.nonfinite + (verdict == NONFINITE)
         stats.spikes = stats.spikes + (verdict == SPIKE)
         stats.overflows = stats.overflows + (verdict == OVERFLOW)

@@ -104,7 +104,8 @@ def analyze_sizes(losses: Losses, pairs: Sequence[Pair]) -> dict[str, Any]:
         laws = fit_sizes(fitted, losses.tokens)
         multipliers = size_multipliers(laws, fitted)  # (R, S)
         predicted = laws.losses(multipliers)[:, -1, -1]  # (R, S, K) -> (R,)
-        return {"multipliers": _by_pair(multipliers, pairs), **_held_out_figures(predicted, means)}
+        errors = predicted - means[:, -1, -1]
+        return {"multipliers": _by_pair(multipliers, pairs), "predicted": predicted, "errors": errors}
 
     found = bands(losses, figures)
     laws = fit_sizes(hold_out(losses.means), losses.tokens)
@@ -132,7 +133,8 @@ def analyze_joint(losses: Losses, pairs: Sequence[Pair], target: Target) -> dict
             "multipliers": _by_pair(multipliers, pairs),
             "extrapolated": _by_pair(law.multipliers(target.parameters), pairs),
             "g": np.array([law.size_exponents[second] - law.size_exponents[first] for first, second in pairs]),
-            **_held_out_figures(predicted, means),
+            "predicted": predicted,
+            "errors": predicted - means[:, -1, -1],
         }
 
     found = bands(losses, figures)
@@ -156,13 +158,8 @@ def _by_pair(multipliers: np.ndarray, pairs: Sequence[Pair]) -> np.ndarray:
     return np.stack([multipliers[second] / multipliers[first] for first, second in pairs])
 
 
-def _held_out_figures(predicted: np.ndarray, means: np.ndarray) -> dict[str, np.ndarray]:
-    """What a law says of the largest rung of each recipe, (R,), and how far that is from its mean loss, (R,)."""
-    return {"predicted": predicted, "errors": predicted - means[:, -1, -1]}
-
-
 def _held_out(losses: Losses, found: dict[str, np.ndarray]) -> list[dict[str, Any]]:
-    """The largest rung of each recipe, with the bands of `_held_out_figures`."""
+    """The largest rung of each recipe: its loss, what a law says of it, and the difference."""
     rungs = zip(losses.recipes, losses.means[:, -1, -1], found["predicted"], found["errors"], strict=True)
     return [
         {

@@ -84,14 +84,11 @@ class Band:
 def bands(
     losses: Losses, statistic: Callable[[np.ndarray], Mapping[str, np.ndarray]], drop_sizes: bool = True
 ) -> dict[str, np.ndarray]:
-    """Figures of a ladder with their bands.
+    """Figures of a ladder with their bands: the same names and shapes, with a `Band` in place of each number.
 
     Args:
         statistic: from means (R, S, K), where the cells of a size may be NaN, to named figures of any shapes.
         drop_sizes: also leave out one size at a time. False: each figure comes from one size.
-
-    Returns:
-        the same names and shapes, with a `Band` in place of each number.
     """
     values = statistic(losses.means)
     sizes, spreads = len(losses.parameters), losses.spreads()

@@ -57,39 +57,6 @@ class Line:
         bend = below - 2 * middle + above
         return self.best + ((below - above) / (2 * bend) if 0 < bend < math.inf else 0.0)
 
-    def by_power(self) -> dict[str, float]:
-        """As JSON values, the lowest power first."""
-        return {str(power): loss for power, loss in sorted(self.losses.items())}
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """What was tried for a recipe at a width. All powers of two are of `guess`."""
-
-    guess: OptimConfig
-    together: Line
-    """Both rates at the same power. Without Muon, muon_lr has no effect."""
-    alone: Line | None
-    """With Muon: max_lr, from the best power of `together` on, where muon_lr stays."""
-
-    @property
-    def optimum(self) -> dict[str, float]:
-        if self.alone is None:
-            return {"max_lr": self.guess.max_lr * 2.0**self.together.optimum}
-        return {
-            "max_lr": self.guess.max_lr * 2.0 ** (self.together.best + self.alone.optimum),
-            "muon_lr": self.guess.muon_lr * 2.0**self.together.optimum,
-        }
-
-    def record(self, key: Key) -> dict[str, Any]:
-        """For the report, as JSON values."""
-        return {
-            "recipe": key.recipe, "width": key.width,
-            "guess": {setting: getattr(self.guess, setting) for setting in self.optimum},
-            "losses": self.together.by_power(), "optimum": self.optimum,
-            "max_lr_alone": self.alone.by_power() if self.alone else None,
-        }  # fmt: skip
-
 
 def first_guess(recipe: RunConfig, width: int) -> OptimConfig:
     """The recipe's rates times sqrt(its width / width): smaller models bear higher rates.
@@ -121,15 +88,14 @@ def count_runs(recipes: Mapping[str, RunConfig], grid: Grid) -> int:
 def search_lines(keys: list[Key], cell: Callable[[Key, int], Cell], powers: Sequence[int], run: Run) -> dict[Key, Line]:
     """Try powers of two, and further ones while the best lies at an edge, in rounds: each trains what all want next."""
     losses: dict[Key, dict[int, float]] = {key: {} for key in keys}
-    wanted = {key: list(powers) for key in keys}
+    wanted = [(key, power) for key in keys for power in powers]
     reach = range(min(powers) - MAX_EXTENSIONS, max(powers) + MAX_EXTENSIONS + 1)
     while wanted:
-        found = iter(run([cell(key, power) for key, tried in wanted.items() for power in tried]))
-        for key, tried in wanted.items():
-            losses[key] |= {power: next(found) for power in tried}
-        beyond = {key: Line(losses[key]).beyond for key in wanted}
-        wanted = {key: [power] for key, power in beyond.items() if power is not None and power in reach}
-    return {key: Line(tried) for key, tried in losses.items()}
+        for (key, power), loss in zip(wanted, run([cell(*point) for point in wanted]), strict=True):
+            losses[key][power] = loss
+        beyond = {key: Line(losses[key]).beyond for key, _ in wanted}
+        wanted = [(key, power) for key, power in beyond.items() if power is not None and power in reach]
+    return {key: Line(by_power) for key, by_power in losses.items()}
 
 
 def search_rates(
@@ -154,12 +120,29 @@ def search_rates(
     muon = [key for key in keys if guesses[key].optimizer == "muon"]
     alone = search_lines(muon, lambda key, power: cell(key, best[key] + power, best[key]), ALONE, run)
     _check_edges(together, alone)
-    tuned = {key: Tuning(guesses[key], together[key], alone.get(key)) for key in keys}
-    rates = {}
-    for recipe in recipes:
-        by_width = {key.width: tuning.optimum for key, tuning in tuned.items() if key.recipe == recipe}
-        rates[recipe] = RecipeRates(grid.middle_length, by_width)
-    return rates, [tuning.record(key) for key, tuning in tuned.items()]
+    rates: dict[str, dict[int, dict[str, float]]] = {recipe: {} for recipe in recipes}
+    record = []
+    for key in keys:
+        optimum = rates[key.recipe][key.width] = _optimum(guesses[key], together[key], alone.get(key))
+        record.append({
+            "recipe": key.recipe, "width": key.width,
+            "guess": {setting: getattr(guesses[key], setting) for setting in optimum},
+            "losses": _by_power(together[key]), "optimum": optimum,
+            "max_lr_alone": _by_power(alone[key]) if key in alone else None,
+        })  # fmt: skip
+    return {recipe: RecipeRates(grid.middle_length, by_width) for recipe, by_width in rates.items()}, record
+
+
+def _optimum(guess: OptimConfig, together: Line, alone: Line | None) -> dict[str, float]:
+    """The best rates. Powers are of `guess`; those of `alone` come on top of the best one of `together`."""
+    if alone is None:  # muon_lr has no effect
+        return {"max_lr": guess.max_lr * 2.0**together.optimum}
+    max_lr = guess.max_lr * 2.0 ** (together.best + alone.optimum)
+    return {"max_lr": max_lr, "muon_lr": guess.muon_lr * 2.0**together.optimum}
+
+
+def _by_power(line: Line) -> dict[str, float]:
+    return {str(power): loss for power, loss in sorted(line.losses.items())}
 
 
 def _check_edges(together: Mapping[Key, Line], alone: Mapping[Key, Line]) -> None:
@@ -183,16 +166,18 @@ def check_rule(
     recipes: Mapping[str, RunConfig], grid: Grid, rates: Mapping[str, RecipeRates], run: Run
 ) -> list[dict[str, Any]]:
     """Compare the rates that the rule gives at the largest width with lower and higher ones."""
-    width, rows = grid.widths[-1], []
-    cells = []
-    for name, recipe in recipes.items():
-        optim = rates[name].at(recipe.optim, width, grid.middle_length)
-        for factor in CHECKED:
-            scaled = replace(optim, max_lr=optim.max_lr * factor, muon_lr=optim.muon_lr * factor)
-            cells.append(make_cell(name, recipe, grid, (width, grid.middle_length, SEED), scaled))
-    losses = iter(run(cells))
+    width = grid.widths[-1]
+
+    def cell(name: str, factor: float) -> Cell:
+        optim = rates[name].at(recipes[name].optim, width, grid.middle_length)
+        scaled = replace(optim, max_lr=optim.max_lr * factor, muon_lr=optim.muon_lr * factor)
+        return make_cell(name, recipes[name], grid, (width, grid.middle_length, SEED), scaled)
+
+    tried = [(name, factor) for name in recipes for factor in CHECKED]
+    losses = dict(zip(tried, run([cell(*point) for point in tried]), strict=True))
+    rows = []
     for name in recipes:
-        found = {factor: next(losses) for factor in CHECKED}
+        found = {factor: losses[name, factor] for factor in CHECKED}
         rows.append({
             "recipe": name, "width": width, "losses": {f"{factor:g}": loss for factor, loss in found.items()},
             "cost": found[1.0] - min(found.values()),
