@@ -119,7 +119,7 @@ def profile(bench: Bench, steps: Steps) -> Iterator[Check]:
     run, messages = RunPaths(bench.work), []
     meter = SimpleNamespace(timed=lambda name: nullcontext())
     ctx = RunContext.create(steps.config, bench.process, run, messages.append)
-    profiler = Profiler(ctx, steps.state.step, meter)
+    profiler = Profiler(ctx, steps.state.step, meter, enabled=True)
     for number in range(steps.state.step, profiler.window.stop):
         with profiler.around(number):
             steps.step(phase=profiler.phase)
