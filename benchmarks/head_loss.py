@@ -34,7 +34,7 @@ def main() -> None:
     def full_logits() -> Tensor:
         return F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
 
-    ways = {"full logits, F.cross_entropy": full_logits, "chunks (model/loss.py)": lambda: model(tokens, targets)}
+    ways = {"full logits, F.cross_entropy": full_logits, "chunks (cross_entropy.py)": lambda: model(tokens, targets)}
     check_equal(model, *ways.values())
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for repeat in range(options.repeats + 1):  # interleaved; the first round warms up

@@ -1,4 +1,4 @@
-"""The memory that is predicted (src/myllm/footprint.py) beside what a training step really takes.
+"""The memory that is predicted (src/myllm/planning/memory_estimate.py) beside what a training step really takes.
 
 Each row is measured in a process of its own, over two real steps on made-up tokens: on a card as torch's allocator
 counts it, on a CPU as the process's resident memory. One command fills in a table:

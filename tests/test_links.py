@@ -13,6 +13,15 @@ from conftest import ROOT
 
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 FENCE = re.compile(r"^(```|~~~).*?^\1", re.M | re.S)
+MODULE = re.compile(r"(?<![\w/.{}-])((?:[\w.-]+/)+\w+\.py)\b")
+MODULES_OF_LIBRARIES = [
+    "gpt-2/src/encoder.py",
+    "huggingface_hub/utils/_validators.py",
+    "tiktoken_ext/openai_public.py",
+    "torch/_dynamo/device_interface.py",
+    "torch/nn/attention/_fa3.py",
+    "torch/optim/_muon.py",
+]
 ADDRESS = re.compile(r"https?://[^\s)\"'`<>\\|]+")
 HOSTS = ["arxiv.org", "github.com", "huggingface.co", "kellerjordan.github.io", "reviews.llvm.org", "ui.perfetto.dev"]
 """Other sites. A new one is added by hand, so that a misspelled one is seen; `make links` visits the pages."""
@@ -39,6 +48,21 @@ def anchors(markdown: str) -> set[str]:
         found.add(f"{slug}-{seen[slug]}" if seen[slug] else slug)
         seen[slug] += 1
     return found
+
+
+def test_modules_named_in_prose_exist() -> None:
+    """The log of experiments keeps the names of its time."""
+    texts = {page: text for page, text in pages() if "experiments" not in str(page) and page.name != "CHANGELOG.md"}
+    modules = [path for folder in ("src", "benchmarks", "docs", "tests") for path in ROOT.glob(f"{folder}/**/*.py")]
+    texts |= {path: path.read_text(encoding="utf-8") for path in modules if "tests" not in path.parts}
+    named = [(page, name) for page, text in texts.items() for name in MODULE.findall(text)]
+    assert len(named) > 300
+    paths = [*map(str, modules), *MODULES_OF_LIBRARIES]
+    assert not {
+        f"{page.relative_to(ROOT)}: {name}"
+        for page, name in named
+        if not any(f"/{path}".endswith(f"/{name.lstrip('./')}") for path in paths)
+    }
 
 
 def test_anchors_match_github() -> None:

@@ -36,7 +36,7 @@ class Variant:
     name: str
     config: RunConfig
     constants: dict[str, int] = field(default_factory=dict)
-    """Of model/loss.py."""
+    """Of model/cross_entropy.py."""
     compile: Callable[[Steps], None] | None = None
     """What compiles the model; None: as training does."""
 
