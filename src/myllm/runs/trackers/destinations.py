@@ -10,6 +10,7 @@ Trackers other than TensorBoard cannot take rows back: `rows.SentRows` remembers
 
 import shlex
 import time
+from abc import ABC, abstractmethod
 from importlib.util import find_spec
 from typing import Any
 
@@ -21,25 +22,25 @@ PROJECT = "myllm"
 """Project or experiment, where the user's environment names no other."""
 
 
-class Tracker:
+class Tracker(ABC):
     """A run in a tracker. A second object for the same `id` continues its curve."""
 
     keeps_rows = True
     """False: it starts empty, and needs all rows again."""
 
-    def __init__(self, run: paths.RunPaths, id: str, config: dict[str, Any]) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def __init__(self, run: paths.RunPaths, id: str, config: dict[str, Any]) -> None: ...
 
+    @abstractmethod
     def log(self, step: int, figures: dict[str, float]) -> None:
         """Add figures such as "train/loss" at a step, which never decreases."""
-        raise NotImplementedError
 
-    def flush(self) -> None:
-        """Make what was logged visible, where the tracker does not do so by itself."""
-
+    @abstractmethod
     def close(self) -> None:
         """Wait until all is stored."""
-        raise NotImplementedError
+
+    def flush(self) -> None:  # noqa: B027 (most trackers have nothing to do)
+        """Make what was logged visible, where the tracker does not do so by itself."""
 
 
 class TensorBoard(Tracker):
