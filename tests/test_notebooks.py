@@ -35,6 +35,8 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "02_masked_attention.ipynb": {},
     "03_multihead_attention.ipynb": {},
     "04_architecture.ipynb": {},
+    "04b_inside_a_block.ipynb": {},
+    "04c_a_trained_model.ipynb": {},
     "05_data.ipynb": {},
     "06_training.ipynb": {},
     "hf_sampling.ipynb": {"MODEL": "exported", "PROMPTS": ["the river"]},
@@ -182,18 +184,33 @@ def check_multihead_attention(tables: list[str], stdout: str, pictures: int) -> 
 
 
 def check_architecture(tables: list[str], stdout: str, pictures: int) -> None:
-    """What the text claims of the trained model: better than pairs of letters, with heads that have specialized."""
-    assert pictures == 7
+    """What the text claims of the first loss, of models with and without a tied head."""
+    assert pictures == 1
     assert "| logits (the head's product) | (2, 10, 50257) | 3,219,456 |" in tables[0]
+    assert "ours and the project's agree" in stdout
+    assert "the project's block and PyTorch's agree" in stdout
     debug = re.search(r"\| debug \| 6.6M \| 3.4M \| [\d.]+ \| [\d.]+ \| ([\d.]+) \|", tables[1])
     assert debug
     assert float(debug[1]) == pytest.approx(math.log(50_257), abs=0.05)
-    assert "the project's block and PyTorch's agree" in stdout
     tied, tied_code = map(
         float, re.search(r"\| small-50m .* ([\d.]+) \| ([\d.]+) \|$", tables[1], re.MULTILINE).groups()
     )
     assert tied == pytest.approx(math.sqrt(512) * 0.63, abs=0.3)
     assert tied_code < tied
+
+
+def check_block(tables: list[str], stdout: str, pictures: int) -> None:
+    assert pictures == 3
+    assert "a score depends on the distance alone" in stdout
+    plain, normed = re.search(r"weights x 100 +largest score +([\d.]+) +with QK-norm ([\d.]+)", stdout).groups()
+    assert float(plain) > 10_000
+    assert float(normed) <= 4  # √K
+    assert re.findall("([\\d,]+) parameters", stdout) == ["73,728", "73,728"]
+
+
+def check_trained_model(tables: list[str], stdout: str, pictures: int) -> None:
+    """What the text claims of the trained model: better than pairs of letters, with heads that have specialized."""
+    assert pictures == 3
     first, last, pairs = map(float, re.findall(r"(?:first loss|last|pairs of letters) ([\d.]+)", stdout))
     assert first == pytest.approx(math.log(128), abs=0.4)
     assert last < pairs
@@ -233,6 +250,8 @@ def check_training(tables: list[str], stdout: str, pictures: int) -> None:
 CHECKS = {
     "03_multihead_attention.ipynb": check_multihead_attention,
     "04_architecture.ipynb": check_architecture,
+    "04b_inside_a_block.ipynb": check_block,
+    "04c_a_trained_model.ipynb": check_trained_model,
     "05_data.ipynb": check_data,
     "06_training.ipynb": check_training,
     "metric_graphs.ipynb": check_metric_graphs,
