@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from model import reference
 from transformers import (
     AutoConfig,
@@ -17,6 +18,7 @@ from transformers import (
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from myllm.config import ModelConfig
+from myllm.errors import UserError
 from myllm.hub.architectures import LLAMA3_KEYS, select_architecture, transformers_config
 from myllm.hub.export.fold import fold_weights
 from myllm.hub.weights import export_weights
@@ -96,6 +98,23 @@ def test_llama(changes):
     model = random_model(replace(SMALL, **changes))
     assert type(peer_of(model)) is LlamaForCausalLM
     assert_same(model(TOKENS), their_logits(model))
+
+
+@pytest.mark.parametrize("n_heads", [1, 2, 3, 4, 5, 6, 7])
+@torch.no_grad()
+def test_heads_that_do_not_divide_the_width(n_heads):
+    """With a head_dim, any number of heads can be trained. What is exported must open."""
+    config = replace(SMALL, n_heads=n_heads, n_kv_heads=1, head_dim=10)
+    qwen = random_model(replace(config, qk_norm=True))
+    assert_same(qwen(TOKENS), their_logits(qwen))
+    llama = random_model(config)
+    try:
+        LlamaConfig(hidden_size=config.d_model, num_attention_heads=n_heads, num_key_value_heads=1, head_dim=10)
+    except StrictDataclassError:  # its own check
+        with pytest.raises(UserError, match=f"expected a multiple of model.n_heads .{n_heads}."):
+            select_architecture(config)
+    else:
+        assert_same(llama(TOKENS), their_logits(llama))
 
 
 LLAMA_3_2_1B = {"head_dim": 64, "theta": 500_000.0, "scaling": (32.0, 1.0, 4.0, 8_192.0)}

@@ -93,6 +93,8 @@ def _unsupported(config: ModelConfig, model_type: ModelType) -> Iterator[str]:
             yield f"model.{name} is {value}, expected {' or '.join(map(str, allowed))}"
     if config.embedding_norm and config.tie_embeddings:  # the head must not be normalized with the embedding
         yield "model.embedding_norm is True, expected False with model.tie_embeddings"
+    if model_type == "llama" and config.d_model % config.n_heads:  # also with a head_dim: LlamaConfig refuses it
+        yield f"model.d_model is {config.d_model}, expected a multiple of model.n_heads ({config.n_heads})"
     if model_type == "gpt2" and config.kv_heads != config.n_heads:
         yield f"model.n_kv_heads is {config.kv_heads}, expected model.n_heads ({config.n_heads})"
     if model_type == "gpt2" and config.head_size * config.n_heads != config.d_model:

@@ -215,6 +215,11 @@ def test_architectures_cover_all_model_config_fields() -> None:
         ),
         ({**vars(GPT2), "n_kv_heads": 2}, ["GPT2LMHeadModel: model.n_kv_heads is 2, expected model.n_heads (4)"]),
         ({**vars(GPT2), "head_dim": 8}, ["model.head_dim is 8"]),
+        # LlamaConfig refuses these sizes when the folder is opened (test_parity.py).
+        (
+            {"n_heads": 5, "n_kv_heads": 1, "head_dim": 4},
+            ["LlamaForCausalLM: model.d_model is 24, expected a multiple of model.n_heads (5)"],
+        ),
     ],
 )
 def test_unsupported_model_settings_raise(changes: dict, words: list[str], save: Save, tmp_path: Path) -> None:
