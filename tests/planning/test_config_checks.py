@@ -8,7 +8,7 @@ import pytest
 
 from myllm.config import ModelConfig, RunConfig, TrainConfig
 from myllm.errors import UserError
-from myllm.planning.batch import micro_batch_sizes
+from myllm.planning.batch import batch_plan
 from myllm.planning.config_checks import check_config, check_data_config, config_errors
 from myllm.planning.disk import disk_estimate_bytes
 from myllm.planning.forecast import Hardware, describe, predict
@@ -235,4 +235,4 @@ def test_very_long_run_is_planned_quickly() -> None:
     tokens = replace(long, batch_tokens=10**12 // 2_048 * 2_048, micro_batch_size=1)
     many = replace(config, train=tokens)
     assert any("tokens, more than a run can count" in error for error in config_errors(many, 1))
-    assert len(micro_batch_sizes(many, 1)) > 1
+    assert len(batch_plan(many, 1).micro_batch_sizes()) > 1

@@ -8,7 +8,7 @@ from conftest import with_train
 
 from myllm.cli.main import main
 from myllm.errors import UserError
-from myllm.planning.batch import micro_batch_sizes
+from myllm.planning.batch import batch_plan
 from myllm.planning.forecast import EXPECTED_MFU, describe, parse_hardware, predict
 from myllm.planning.gpu_specs import GPU_SPECS
 from myllm.planning.hardware_table import HARDWARE, page
@@ -37,9 +37,9 @@ def test_largest_fitting_micro_batch(name: str, gpus: str) -> None:
     try:
         forecast = predict(config, hardware)
     except UserError:
-        assert not micro_batch_sizes(config, hardware.count)
+        assert not batch_plan(config, hardware.count).micro_batch_sizes()
         return
-    sizes = micro_batch_sizes(config, hardware.count)
+    sizes = batch_plan(config, hardware.count).micro_batch_sizes()
     used = {n: predicted_bytes(with_train(config, micro_batch_size=n), forecast.mode) for n in sizes}
     assert list(used.values()) == sorted(used.values())
     assert forecast.largest == max((n for n in sizes if used[n] <= hardware.budget_bytes), default=None)

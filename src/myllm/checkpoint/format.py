@@ -192,8 +192,9 @@ def load_latest(checkpoints: Path, log: Callable[[str], None]) -> Checkpoint | N
         UserError: all checkpoints are damaged. The user decides whether to start over.
     """
     folders = broadcast_object(list_checkpoints(checkpoints))
-    for folder in iter_intact(folders, log, verify_on_all_ranks):
-        return open_checkpoint(folder)
+    intact = next(iter_intact(folders, log, verify_on_all_ranks), None)
+    if intact:
+        return open_checkpoint(intact)
     if folders:
         raise UserError(
             f"no checkpoint in {checkpoints} is intact; restore one, or start over with --train.fresh (the old run is "

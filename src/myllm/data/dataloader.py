@@ -3,6 +3,7 @@
 Shapes: B micro-batch, T sequence.
 """
 
+import itertools
 import queue
 import threading
 import time
@@ -49,7 +50,8 @@ class BatchLoader:
     """Micro-batches."""
     POLL_S = 0.3
     """How often to look for new shards of a growing data set."""
-    LOG_EVERY_S = 30.0
+    LOG_EVERY_POLLS = 100
+    """Half a minute."""
 
     def __init__(
         self, order: SequenceOrder, plan: BatchPlan, position: DataPosition, rank: int, device: torch.device
@@ -90,7 +92,7 @@ class BatchLoader:
 
         Args:
             stop_requested: asked again and again while waiting.
-            log: gets a line now and then while waiting.
+            log: gets a line every half minute while waiting.
             waiting: a context to wait in, for example to count the time apart. Not entered if there is no wait.
             on_complete: called on every rank when a data set that was incomplete at the start is complete.
 
@@ -102,36 +104,41 @@ class BatchLoader:
         """
         if self._complete_on_all_ranks:
             return True
-        dataset, started, next_log_s = self._order.dataset, time.monotonic(), 0.0
         with ExitStack() as stack:
-            while True:
-                ended = None
-                try:
-                    if not self._order.has(self.position, self._plan.sequences):
-                        dataset.raise_if_abandoned()
-                except UserError as error:
-                    ended = PreparationEnded(str(error))
+            for poll in itertools.count():
+                error = self._look_for_shards()
                 missing, stopping, failed, incomplete, began_incomplete = collectives.all_reduce_any(
-                    not self._order.has(self.position, self._plan.sequences), stop_requested(), ended is not None,
-                    not dataset.complete, self._began_incomplete,
+                    not self._has_next_step(), stop_requested(), error is not None,
+                    not self._order.dataset.complete, self._began_incomplete,
                 )  # fmt: skip
                 if stopping:  # checked first: the signal that stops a run may have ended the preparation too
                     return False
                 if failed:
-                    raise ended or PreparationEnded("another rank's data set cannot be completed; see its message")
+                    raise error or PreparationEnded("another rank's data set cannot be completed; see its message")
                 if not missing:
                     break
-                if not next_log_s:
+                if poll == 0:
                     stack.enter_context(waiting())
-                if time.monotonic() - started >= next_log_s:
-                    log(f"waiting for data: {dataset.describe_progress()}")
-                    next_log_s += self.LOG_EVERY_S
+                if poll % self.LOG_EVERY_POLLS == 0:
+                    log(f"waiting for data: {self._order.dataset.describe_progress()}")
                 time.sleep(self.POLL_S)
         if not incomplete:
             self._complete_on_all_ranks = True
             if began_incomplete:
                 on_complete()
         return True
+
+    def _has_next_step(self) -> bool:
+        return self._order.has(self.position, self._plan.sequences)
+
+    def _look_for_shards(self) -> PreparationEnded | None:
+        """Look for new shards if the next step lacks tokens. Returns an error if no more will come."""
+        try:
+            if not self._has_next_step():
+                self._order.dataset.raise_if_abandoned()
+        except UserError as error:
+            return PreparationEnded(str(error))
+        return None
 
     def next_batch(self) -> Batch:
         """The next micro-batch on the device.

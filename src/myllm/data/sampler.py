@@ -74,15 +74,15 @@ def step_sequences(position: DataPosition, count: int, n_sequences: int, window:
         returns (count,) int64
     """
     assert n_sequences > 0, "no sequence to take"
-    parts, left = [], count
+    parts, remaining = [], count
     epoch, index = position.epoch, position.index
-    while left:
+    while remaining:
         size = window if epoch == 0 else n_sequences
         start = index // size * size
         order = window_order(start, min(size, n_sequences - start), position.seed, epoch)
-        part = order[index - start : index - start + left]
+        part = order[index - start : index - start + remaining]
         parts.append(part)
-        left -= len(part)
+        remaining -= len(part)
         index += len(part)
         if index == n_sequences:
             epoch, index = epoch + 1, 0

@@ -44,9 +44,8 @@ class Attention(nn.Module):
             q, k = rotate(q, *rotary), rotate(k, *rotary)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, G, S, K)
-        mask: dict[str, Any] = {}
-        if cache is not None and cache.mask is not None:  # rows differ in length
-            mask["attn_mask"] = cache.mask
+        if cache is not None and cache.mask is not None:  # rows differ in length, or the cache is static
+            mask: dict[str, Any] = {"attn_mask": cache.mask}
         else:
             mask = _causal_mask(T, k.shape[2], x.device)
         q, k = q.type_as(v), k.type_as(v)

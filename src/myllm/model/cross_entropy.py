@@ -29,7 +29,7 @@ FLOAT16_GRAD_SCALE = 1 / 16
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
-    """Cross-entropy in nats: the mean of all targets, differentiable in `hidden` and `weight`, and each, which is not.
+    """Cross-entropy in nats: the mean over the targets, and the loss of each target. Only the mean is differentiable.
 
     Shapes:
         hidden (N, D); weight (V, D); targets (N,), each in [0, vocab_size); returns a scalar and (N,) in float32

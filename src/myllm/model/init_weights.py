@@ -8,7 +8,7 @@ from torch import nn
 from myllm.config import ModelConfig
 
 # Projections into the residual stream start smaller, because their variance adds up over the layers.
-RESIDUAL = ("out_proj.weight", "down_proj.weight")
+RESIDUAL_PROJECTIONS = ("out_proj.weight", "down_proj.weight")
 
 
 def weight_std(name: str, config: ModelConfig) -> float:
@@ -19,7 +19,7 @@ def weight_std(name: str, config: ModelConfig) -> float:
     2019) and whose residual projections use Wang's init from GPT-NeoX, halved; "zero_residual" is nanochat's (2026),
     with a small head if it is untied.
     """
-    residual = name.endswith(RESIDUAL)
+    residual = name.endswith(RESIDUAL_PROJECTIONS)
     if config.init == "gpt2":
         return 0.02 / math.sqrt(2 * config.n_layers) if residual else 0.02
     if residual:

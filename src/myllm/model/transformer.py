@@ -5,7 +5,7 @@ Shapes: B batch, T sequence, D d_model, V padded vocabulary, K head dimension.
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from itertools import accumulate, repeat
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -51,12 +51,12 @@ class Block(nn.Module):
         return self.run(x, rotary, scale, cache)
 
     def run(self, x: Tensor, rotary: Rotary, scale: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
-        """`forward`, never compiled."""
+        """`forward` as plain operations, which `compile_blocks` compiles."""
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self._residuals, x, rotary, scale, cache, use_reentrant=False)
-        return self._residuals(x, rotary, scale, cache)
+            return checkpoint(self._add_sublayers, x, rotary, scale, cache, use_reentrant=False)
+        return self._add_sublayers(x, rotary, scale, cache)
 
-    def _residuals(self, x: Tensor, rotary: Rotary, scale: Tensor | None, cache: KVCache | None) -> Tensor:
+    def _add_sublayers(self, x: Tensor, rotary: Rotary, scale: Tensor | None, cache: KVCache | None) -> Tensor:
         added = self.attention(self.attention_norm(x), rotary, cache)  # (B, T, D)
         x = x + (added if scale is None else added / scale)  # (B, T, D)
         added = self.feed_forward(self.feed_forward_norm(x))  # (B, T, D)
@@ -124,20 +124,27 @@ class Transformer(nn.Module):
             tokens (B, T); returns (B, T, D)
         """
         T = tokens.shape[1]
-        positions = cache.start_step(T) if cache is not None else slice(0, T)
-        end = cache.end if cache is not None else T
+        positions: slice | Tensor = slice(0, T)
+        end = T
+        if cache is not None:
+            positions, end = cache.start_step(T), cache.end
         assert end <= self.config.max_seq_len, f"{end} tokens exceed the context of {self.config.max_seq_len}"
         if self.training:  # the training step selects the attention kernels
-            x = self._hidden(tokens, positions, cache)
+            x = self._run_blocks(tokens, positions, cache)
         else:
             decode = self._compiled_decode if cache is not None and cache.static and T == 1 else None
             with inference_backends(tokens.device), self.autocast():
-                x = (decode or self._hidden)(tokens, positions, cache)
+                x = (decode or self._run_blocks)(tokens, positions, cache)
         if cache is not None:
             cache.advance(T)
         return x
 
-    def _hidden(self, tokens: Tensor, positions: slice | Tensor, cache: KVCache | None) -> Tensor:
+    def _run_blocks(self, tokens: Tensor, positions: slice | Tensor, cache: KVCache | None) -> Tensor:
+        """`hidden` of tokens at these positions; `compile_decoding` compiles it.
+
+        Shapes:
+            tokens (B, T); positions a slice of T, or (B, T) if rows differ in position; returns (B, T, D)
+        """
         x = self.embedding_norm(self.embedding(tokens))  # (B, T, D)
         rotary = None
         if self.config.position == "learned":
@@ -151,8 +158,8 @@ class Transformer(nn.Module):
         x = self.dropout(x)
         scales = self.residual_scales
         # Not cumprod, whose backward pass waits for the GPU.
-        products = repeat(None) if scales is None else accumulate(scales.unbind(), torch.mul)
-        for block, product in zip(self.blocks, products, strict=False):
+        products = [None] * len(self.blocks) if scales is None else accumulate(scales.unbind(), torch.mul)
+        for block, product in zip(self.blocks, products, strict=True):
             x = block(x, rotary, product, cache)  # (B, T, D)
         return self.norm(x)
 
@@ -247,8 +254,8 @@ class Transformer(nn.Module):
     def _per_target(self, function: Callable[..., Any], hidden: Tensor, targets: Tensor) -> Any:
         """Apply a function of cross_entropy.py; (N,) results become (B, T)."""
         with self.autocast():
-            found = function(hidden.flatten(0, 1), self.head_weight, targets.flatten(), self.config.vocab_size)
-        return found.view_as(targets) if isinstance(found, Tensor) else tuple(part.view_as(targets) for part in found)
+            result = function(hidden.flatten(0, 1), self.head_weight, targets.flatten(), self.config.vocab_size)
+        return result.view_as(targets) if isinstance(result, Tensor) else tuple(x.view_as(targets) for x in result)
 
     # -- precision and compilation ------------------------------------------------------------------------------------
 
@@ -283,7 +290,7 @@ class Transformer(nn.Module):
     def compile_decoding(self, **options: Any) -> None:
         """Compile steps of one token with a static cache, with options of `torch.compile`, at the first call."""
         if self._compiled_decode is None:
-            self._compiled_decode = torch.compile(self._hidden, fullgraph=True, dynamic=False, **options)
+            self._compiled_decode = torch.compile(self._run_blocks, fullgraph=True, dynamic=False, **options)
 
 
 def _autocast_dtype(device: torch.device) -> torch.dtype | None:

@@ -34,14 +34,13 @@ class AdamW:
         self.parameters = {**decayed, **not_decayed}
         self._config, self._max_steps = config, max_steps
         # The kernel decays before it updates; cautious decay does the same in its place.
-        self._cautious = list(decayed.values()) if config.cautious_decay else []
+        self._cautiously_decayed = list(decayed.values()) if config.cautious_decay else []
         decay = 0.0 if config.cautious_decay else config.weight_decay
-        groups = [
-            {"params": list(decayed.values()), "weight_decay": decay},
-            {"params": list(not_decayed.values()), "weight_decay": 0.0},
-        ]
         self._adamw = torch.optim.AdamW(
-            [group for group in groups if group["params"]],
+            [
+                {"params": list(decayed.values()), "weight_decay": decay},
+                {"params": list(not_decayed.values()), "weight_decay": 0.0},
+            ],
             lr=config.max_lr,
             betas=(config.beta1, config.beta2),
             eps=config.eps,
@@ -49,6 +48,7 @@ class AdamW:
         )
 
     def step(self, step: int, skip: Tensor | None = None, grad_scale: Tensor | None = None) -> None:
+        """As `ScheduledOptimizer.step`."""
         rate = learning_rate(step, self._config, self._max_steps)
         for group in self._adamw.param_groups:
             group["lr"] = rate
@@ -66,7 +66,7 @@ class AdamW:
 
         Source: Chen et al. 2025 (arXiv 2510.12402), algorithm 1.
         """
-        for parameter in self._cautious:
+        for parameter in self._cautiously_decayed:
             assert parameter.grad is not None
             weight, gradient = local(parameter), local(parameter.grad)
             if grad_scale is not None:

@@ -33,18 +33,24 @@ class BatchPlan:
         """The same micro-steps, but at most this many of them."""
         return replace(self, batch_tokens=min(self.grad_accum_steps, steps) * self.micro_tokens)
 
+    def micro_batch_sizes(self) -> list[int]:
+        """Every micro-batch size that divides batch_tokens exactly, ascending. Empty: no size does."""
+        per_rank, remainder = divmod(self.batch_tokens, self.seq_len * self.world_size)
+        if remainder:
+            return []
+        small = [size for size in range(1, math.isqrt(per_rank) + 1) if per_rank % size == 0]
+        return sorted({*small, *(per_rank // size for size in small)})
+
     def error(self) -> str | None:
         """Why batch_tokens does not divide evenly, with the nearest values that do; None if it does."""
-        if self.batch_tokens > 0 and self.micro_tokens > 0 and self.batch_tokens % self.micro_tokens == 0:
+        if self.batch_tokens % self.micro_tokens == 0:
             return None
         below = self.batch_tokens // self.micro_tokens * self.micro_tokens
-        tokens = [n for n in (below, below + self.micro_tokens) if n > 0]
-        per_rank, remainder = divmod(self.batch_tokens, self.seq_len * self.world_size)
-        micro = [] if remainder else [n for n in range(1, min(per_rank, 4_096) + 1) if per_rank % n == 0]
-        micro = sorted(sorted(micro, key=lambda n: abs(n - self.micro_batch_size))[:3])
-        advice = f"set train.batch_tokens to {' or '.join(f'{n:,}' for n in tokens)}"
-        if micro:
-            advice += f", or train.micro_batch_size to {' or '.join(map(str, micro))}"
+        batches = [f"{tokens:,}" for tokens in (below, below + self.micro_tokens) if tokens]
+        advice = f"set train.batch_tokens to {' or '.join(batches)}"
+        nearest = sorted(self.micro_batch_sizes(), key=lambda size: abs(size - self.micro_batch_size))[:3]
+        if nearest:
+            advice += f", or train.micro_batch_size to {' or '.join(map(str, sorted(nearest)))}"
         return (
             f"train.batch_tokens {self.batch_tokens:,} is not a multiple of one micro-step: train.micro_batch_size "
             f"{self.micro_batch_size} x model.max_seq_len {self.seq_len:,} x {self.world_size} rank(s) = "
@@ -59,16 +65,8 @@ class BatchPlan:
 
 
 def batch_plan(config: RunConfig, world_size: int) -> BatchPlan:
+    """The batch of a run on a number of ranks."""
     train = config.train
     # "auto" counts as one sequence: that divides the batch if any number does.
     micro_batch_size = 1 if train.micro_batch_size == "auto" else train.micro_batch_size
     return BatchPlan(train.batch_tokens, config.model.max_seq_len, micro_batch_size, world_size)
-
-
-def micro_batch_sizes(config: RunConfig, world_size: int) -> list[int]:
-    """Every micro-batch size that divides batch_tokens exactly, ascending. Empty: no size does."""
-    per_rank, remainder = divmod(config.train.batch_tokens, config.model.max_seq_len * world_size)
-    if remainder:
-        return []
-    small = [size for size in range(1, math.isqrt(per_rank) + 1) if per_rank % size == 0]
-    return sorted({*small, *(per_rank // size for size in small)})

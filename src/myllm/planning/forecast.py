@@ -12,7 +12,7 @@ from myllm.config import RunConfig
 from myllm.errors import UserError, did_you_mean
 from myllm.formatting import format_gib, format_si, format_table
 
-from .batch import batch_plan, micro_batch_sizes
+from .batch import batch_plan
 from .disk import disk_estimate_bytes
 from .flops import flops_per_token, parameters_by_part
 from .gpu_specs import GPU_SPECS, GpuSpec, gpu_by_name
@@ -104,8 +104,8 @@ class Forecast:
     def run_config(self) -> RunConfig:
         """The config with the micro-batch that the run uses: as set; with auto, the largest that fits; one that fits in
         place of one that does not divide the batch, which no run accepts."""
-        size, sizes = self.config.train.micro_batch_size, micro_batch_sizes(self.config, self.hardware.count)
-        if size in sizes:
+        size = self.config.train.micro_batch_size
+        if size in batch_plan(self.config, self.hardware.count).micro_batch_sizes():
             return self.config
         if size == "auto" and self.hardware.device == "cpu":
             return with_micro_batch_size(self.config, candidate_sizes(self.config, self.hardware.count, "cpu")[-1])
@@ -115,7 +115,7 @@ class Forecast:
     def configured_batch_fits(self) -> bool:
         """True if the configured micro-batch fits and divides the batch."""
         size = self.config.train.micro_batch_size
-        divides = size in micro_batch_sizes(self.config, self.hardware.count)
+        divides = size in batch_plan(self.config, self.hardware.count).micro_batch_sizes()
         return size != "auto" and divides and self.largest is not None and size <= self.largest
 
     @property
@@ -148,9 +148,10 @@ def predict(config: RunConfig, hardware: Hardware) -> Forecast:
     Raises:
         UserError: train.batch_tokens does not divide over the ranks.
     """
-    sizes = micro_batch_sizes(config, hardware.count)
+    batch = batch_plan(config, hardware.count)
+    sizes = batch.micro_batch_sizes()
     if not sizes:
-        raise UserError(f"on {hardware.count} ranks {batch_plan(config, hardware.count).error()}")
+        raise UserError(f"on {hardware.count} ranks {batch.error()}")
     forecast, budget = Forecast(config, hardware, None), hardware.budget_bytes
     if budget is None:
         return forecast
@@ -161,7 +162,7 @@ def predict(config: RunConfig, hardware: Hardware) -> Forecast:
 def candidate_sizes(config: RunConfig, world_size: int, device: str, val_tokens: int | None = None) -> list[int]:
     """What train.micro_batch_size auto chooses from, ascending: every size that divides the batch and is not larger
     than the validation data, if that is known."""
-    sizes, seq_len = micro_batch_sizes(config, world_size), config.model.max_seq_len
+    sizes, seq_len = batch_plan(config, world_size).micro_batch_sizes(), config.model.max_seq_len
     limit = (sizes[-1] if val_tokens is None else (val_tokens - 1) // seq_len) * seq_len
     if device == "cpu":
         limit = min(limit, CPU_TOKENS)
@@ -287,7 +288,7 @@ def _fit_lines(forecast: Forecast) -> list[str]:
     elif configured == largest:
         lines.append(f"micro-batch  {largest}, as set, is the largest that fits and divides the batch")
     else:
-        divides = configured in micro_batch_sizes(config, hardware.count)
+        divides = configured in batch_plan(config, hardware.count).micro_batch_sizes()
         reason = "does not fit" if divides else "does not divide the batch"
         verdict = "fits" if forecast.configured_batch_fits else reason
         lines.append(

@@ -4,8 +4,7 @@ Between two steps is a step boundary. There the ranks agree whether to stop, a c
 the evaluations that are due run, and the run ends if it is time.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -115,13 +114,13 @@ def boundary(trainer: Trainer, services: Services, progress: Progress) -> Ending
             continue  # a stop was requested: the next vote sees it
         if not ends and out_of_patience(progress.state, config):
             continue  # this is the last boundary after all
-        if ends:
-            with services.meter.timed("saving"), heartbeat.doing("saving"):
-                services.saver.wait()
+        if not ends:
+            publish(trainer, services, progress)
+            return None
+        with services.doing("saving"):
+            services.saver.wait()
         if not stopping:
             publish(trainer, services, progress)
-        if not ends:
-            return None
         return Ending(early, complete=step >= last_step and not due_evals(progress, last_step))
 
 
@@ -142,8 +141,7 @@ def vote_to_stop(services: Services) -> bool:
 def save_new_state(trainer: Trainer, services: Services, progress: Progress) -> None:
     """Start writing a checkpoint, unless this very state is in the newest one."""
     if progress.state != progress.saved:
-        with services.heartbeat.doing("saving"):
-            save(trainer, services, progress)
+        save(trainer, services, progress)
         progress.saved = progress.state
 
 
@@ -152,7 +150,7 @@ def save(trainer: Trainer, services: Services, progress: Progress, best: bool = 
     Raises:
         TrainingDiverged: the weights must not be saved.
     """
-    with services.meter.timed("saving"):
+    with services.doing("saving"):
         progress.state = services.meter.with_digest(check_updates(trainer, progress.state))
         services.saver.save(progress.state, best)
 
@@ -169,8 +167,7 @@ def evaluate(trainer: Trainer, services: Services, progress: Progress, last_step
     early_stop_on = trainer.ctx.config.train.early_stop_on
     counted = f"validation/{early_stop_on}" if early_stop_on else "validation"
     with (
-        services.meter.timed("evaluating"),
-        services.heartbeat.doing("evaluating"),
+        services.doing("evaluating"),
         services.gc.automatic(),
         full_params(trainer.model, trainer.eval_model),
     ):
@@ -220,16 +217,10 @@ def wait_for_data(trainer: Trainer, services: Services, progress: Progress) -> b
     Raises:
         PreparationEnded: the data will not come. The state is saved.
     """
-
-    @contextmanager
-    def waiting() -> Iterator[None]:
-        with services.meter.timed("waiting for data"), services.heartbeat.doing("waiting for data"):
-            yield
-
+    waiting = partial(services.doing, "waiting for data")
+    on_complete = partial(record_complete_data, trainer)
     try:
-        return trainer.loader.wait_for_step(
-            services.stop.requested, trainer.ctx.log, waiting, on_complete=partial(record_complete_data, trainer)
-        )
+        return trainer.loader.wait_for_step(services.stop.requested, trainer.ctx.log, waiting, on_complete)
     except PreparationEnded:
         if progress.state.step:
             save_new_state(trainer, services, progress)

@@ -104,6 +104,12 @@ class Services:
     on_checkpoint: Callable[[int], None]
 
     @contextmanager
+    def doing(self, activity: str) -> Iterator[None]:
+        """Count a `with` block as another activity than training, in the times of the log and in heartbeat.json."""
+        with self.meter.timed(activity), self.heartbeat.doing(activity):
+            yield
+
+    @contextmanager
     def evaluating(self, name: str) -> Iterator[None]:
         """Time an evaluation, and show its name beside the bar."""
         before = getattr(self.bar, "postfix", None) or ""

@@ -17,7 +17,7 @@ from myllm.errors import UserError
 from myllm.files import write_json
 from myllm.formatting import format_gib
 from myllm.paths import RunPaths
-from myllm.planning.batch import batch_plan, micro_batch_sizes
+from myllm.planning.batch import batch_plan
 from myllm.planning.forecast import candidate_sizes, with_micro_batch_size
 from myllm.planning.memory_estimate import ComputeMode, predicted_bytes
 from myllm.runs.history import read_json_or_empty
@@ -64,7 +64,7 @@ def resolve_micro_batch_size(
         return config, ""
     sizes = candidate_sizes(config, dist.world_size, dist.device.type, val_tokens)
     earlier, unchanged = distributed.broadcast_object(_size_of_run(config, dist) if dist.is_rank_zero else None)
-    if unchanged and earlier in micro_batch_sizes(config, dist.world_size):
+    if unchanged and earlier in batch_plan(config, dist.world_size).micro_batch_sizes():
         return _resolved(config, earlier, "as this run began")
     limit_bytes = memory_limit_bytes(dist) if limit_bytes is None else limit_bytes
     found = _size_of_preflight(config, dist) if dist.is_rank_zero and use_preflight else (None, 0)
