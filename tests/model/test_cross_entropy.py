@@ -60,19 +60,29 @@ def test_value_and_gradients_match_float64(n, d, vocab_size, padding, chunk, see
     assert not ours[2][vocab_size:].any()  # exactly zero, so that padding never moves
 
 
-def test_fallback_without_out_slice_support(monkeypatch):
-    """MPS on macOS 14 leaves `out` as it was, without a word: no gradient and no score may come from there."""
-    hidden, weight, targets = example(10, 6, 30, 2)
-    expected, scores = in_float64(hidden, weight, targets, 30), token_log_probs(hidden, weight, targets, 30)
-    real = torch.mm
-    monkeypatch.setattr(torch, "mm", lambda a, b, out=None: real(a, b) if out is None else out)
-    monkeypatch.setattr(module, "CPU_CHUNK", 4)
-    assert not module._supports_out_slices(torch.device("mps"))
-    assert module._supports_out_slices(torch.device("cuda"))
-    monkeypatch.setattr(module, "_supports_out_slices", lambda device: False)
-    for mine, reference in zip(value_and_gradients(hidden, weight, targets, 30), expected, strict=True):
+class FaultyProducts(TorchDispatchMode):
+    """Those of MPS: `out` stays as it was, without a word, and a long sum has a term too many."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.mm.out:
+            return kwargs["out"]
+        result = function(*args, **(kwargs or {}))
+        return result + 1 if function is torch.ops.aten.mm.default and args[0].shape[1] > 16 else result
+
+
+def test_mps_products_avoid_its_faults(monkeypatch):
+    """No gradient and no score may come from a slice, or from a sum over the whole vocabulary."""
+    hidden, weight, targets = example(10, 6, 37, 2)
+    expected, scores = in_float64(hidden, weight, targets, 37), token_log_probs(hidden, weight, targets, 37)
+    assert [module._is_mps(torch.device(name)) for name in ("mps", "cuda", "cpu")] == [True, False, False]
+    assert module.MPS_TERMS < 32_767
+    for name, value in {"CPU_CHUNK": 4, "MPS_TERMS": 16, "_is_mps": lambda device: True}.items():
+        monkeypatch.setattr(module, name, value)
+    with FaultyProducts():
+        ours, faulty_scores = (way(hidden, weight, targets, 37) for way in (value_and_gradients, token_log_probs))
+    for mine, reference in zip(ours, expected, strict=True):
         torch.testing.assert_close(mine.double(), reference, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(token_log_probs(hidden, weight, targets, 30), scores)
+    torch.testing.assert_close(faulty_scores, scores)
 
 
 def test_gradient_scales_with_loss():

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from support.kinds import MODEL_KINDS, WITHOUT_PARTS, by_model_kind
 
 from myllm.config import ModelConfig
+from myllm.model import attention
 from myllm.model.kv_cache import KVCache
 from myllm.model.transformer import Transformer
 from myllm.planning.flops import n_parameters, parameters_by_part
@@ -79,6 +80,25 @@ def test_causal(kind):
         after = model(other)
         assert torch.equal(after[:, :changed], before[:, :changed])
         assert not torch.isclose(after[:, changed:], before[:, changed:]).all(dim=-1).any()
+
+
+class OnMPS:
+    """A tensor that says that it is on a device that is not here."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.device, self.dtype, self.new_ones = torch.device("mps"), tensor.dtype, tensor.new_ones
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_mps_gets_mask_in_half_precision(dtype):
+    """Its own one leaks later tokens there."""
+    values = torch.randn(2, 3, 9, 4, dtype=dtype)
+    assert attention._causal_mask(9, 9, values) == {"is_causal": True}
+    arguments = attention._causal_mask(9, 9, OnMPS(values))
+    assert ("is_causal" in arguments) == (dtype is torch.float32)
+    assert attention._causal_mask(1, 1, OnMPS(values)) in ({}, {"is_causal": True})
+    attend = F.scaled_dot_product_attention
+    torch.testing.assert_close(attend(values, values, values, **arguments), attend(*[values] * 3, is_causal=True))
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """What a run says about its kernels, and what it sets for them. Cards are made up: what is under test is the choice."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from myllm.config import RunConfig
 from myllm.distributed import device_info as hardware
 from myllm.distributed.collectives import DistContext
 from myllm.distributed.precision import allow_tf32
+from myllm.errors import UserError
 from myllm.model import attention_backend as sdpa
 from myllm.model.transformer import Transformer
 from myllm.training.kernels import fast_kernels
@@ -84,3 +86,16 @@ def test_tf32(tiny: RunConfig, major: int, precision: str, expected: str, monkey
     assert torch.get_float32_matmul_precision() == "highest"
     with allow_tf32(with_train(tiny, precision="bfloat16"), CPU):
         assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_mps_refuses_micro_batches_with_wrong_gradients(tiny: RunConfig) -> None:
+    """A sum over 32,767 tokens and more reads other memory there; one below is the most of a run."""
+    process = DistContext(0, 0, 1, torch.device("mps"))
+    for tokens, refused in ((32_766, False), (32_768, True)):
+        config = with_train(replace(tiny, model=replace(tiny.model, vocab_size=300, max_seq_len=tokens // 2)))
+        config = with_train(config, micro_batch_size=2, batch_tokens=tokens)
+        with (
+            pytest.raises(UserError, match="is 32,768 tokens, but on MPS") if refused else nullcontext(),
+            fast_kernels(Transformer(config.model), config, process),
+        ):
+            pass

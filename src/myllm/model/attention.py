@@ -47,18 +47,19 @@ class Attention(nn.Module):
         if cache is not None and cache.mask is not None:  # rows differ in length, or the cache is static
             mask: dict[str, Any] = {"attn_mask": cache.mask}
         else:
-            mask = _causal_mask(T, k.shape[2], x.device)
+            mask = _causal_mask(T, k.shape[2], v)
         q, k = q.type_as(v), k.type_as(v)
         y = F.scaled_dot_product_attention(q, k, v, **mask, enable_gqa=self.n_heads != self.kv_heads)  # (B, H, T, K)
         y = y.transpose(1, 2).reshape(B, T, -1)  # (B, T, H K)
         return self.dropout(self.out_proj(y.type_as(x)))  # (B, T, D)
 
 
-def _causal_mask(T: int, S: int, device: torch.device) -> dict[str, Any]:
+def _causal_mask(T: int, S: int, values: Tensor) -> dict[str, Any]:
     """Arguments of SDPA for causal attention: its flag if nothing is cached, otherwise a mask, (T, S)."""
-    if T == S:
+    # In half precision, MPS's own mask shows a token up to three later ones before torch 2.13 (pytorch/pytorch#195910).
+    if T == S and (values.device.type != "mps" or values.dtype is torch.float32):
         return {"is_causal": True}
     if T == 1:
         return {}  # a single new token attends to everything
-    mask = torch.ones(T, S, dtype=torch.bool, device=device)
+    mask = values.new_ones(T, S, dtype=torch.bool)
     return {"attn_mask": mask.tril(diagonal=S - T)}

@@ -21,6 +21,8 @@ IGNORE_INDEX = -1
 # the card; four times as many gain 0.3 % of a step for 1.2 GiB and more (docs/speed.md).
 CPU_CHUNK = 128
 GPU_CHUNK = 4_096
+MPS_TERMS = 16_384
+"""Terms of a sum in a matrix product on MPS; longer sums, as over the vocabulary, are made of several."""
 
 # Factor on the gradient of the logits before the products in float16. If it were divided by the number of tokens, as in
 # other types, most of it would be below float16's smallest number, 6e-8, and a loss scale comes too late to help. If it
@@ -177,12 +179,19 @@ def _logits(h: Tensor, w: Tensor, vocab_size: int, buffer: Tensor) -> Tensor:
 
 def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     """a @ b in the memory of `out`, which may be a slice."""
-    # On macOS 14, MPS silently leaves a slice unchanged (pytorch/pytorch#193385).
-    return torch.mm(a, b, out=out) if _supports_out_slices(out.device) else out.copy_(a @ b)
+    if not _is_mps(out.device):
+        return torch.mm(a, b, out=out)
+    # On macOS 14, MPS silently leaves a slice unchanged (pytorch/pytorch#193385). On M1 and M2, a sum of 32,767 or more
+    # terms includes what lies behind the operands in memory (pytorch/pytorch#195163).
+    parts = (left @ right for left, right in zip(a.split(MPS_TERMS, dim=1), b.split(MPS_TERMS), strict=True))
+    out.copy_(next(parts))
+    for part in parts:
+        out += part
+    return out
 
 
-def _supports_out_slices(device: torch.device) -> bool:
-    return device.type != "mps"
+def _is_mps(device: torch.device) -> bool:
+    return device.type == "mps"
 
 
 def _logits_buffer(h: Tensor, w: Tensor, n: int) -> Tensor:

@@ -28,6 +28,9 @@ NCCL_BYTES = 0.5 * GIB
 """NCCL's buffers with several ranks. A guess, not measured here."""
 CPU_TOKENS = 4_096
 """Of a micro-batch. A CPU gains nothing from more (docs/experiments.md), and has memory for far more."""
+MPS_TOKENS = 32_766
+"""Of a micro-batch. The gradient of a weight is a sum over these tokens, and on M1 and M2 longer sums include other
+memory: before torch 2.14 in all matrix products, later in some (pytorch/pytorch#195163)."""
 EXPECTED_MFU = (0.30, 0.50)
 """Fraction of the GPU's bfloat16 peak that compiled models of 50M to 1B parameters reach. From published runs with the
 same FLOP count (6 N + 12 n_layers d_model T), as of March 2026: on H100 nanochat d16 37 % and d24 50.0 % (8 GPUs; its
@@ -164,8 +167,7 @@ def candidate_sizes(config: RunConfig, world_size: int, device: str, val_tokens:
     than the validation data, if that is known."""
     sizes, seq_len = batch_plan(config, world_size).micro_batch_sizes(), config.model.max_seq_len
     limit = (sizes[-1] if val_tokens is None else (val_tokens - 1) // seq_len) * seq_len
-    if device == "cpu":
-        limit = min(limit, CPU_TOKENS)
+    limit = min(limit, {"cpu": CPU_TOKENS, "mps": MPS_TOKENS}.get(device, limit))
     return [size for size in sizes if size * seq_len <= limit] or sizes[:1]
 
 

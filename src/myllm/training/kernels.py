@@ -11,8 +11,11 @@ from myllm.distributed import launcher as ranks
 from myllm.distributed.collectives import DistContext
 from myllm.distributed.parallelize import compile_mode, parallelize
 from myllm.distributed.precision import allow_tf32, compute_dtype, describe_precision, has_bfloat16, may_use_tf32
+from myllm.errors import UserError
 from myllm.model import attention_backend as sdpa
 from myllm.model.transformer import Transformer
+from myllm.planning.batch import batch_plan
+from myllm.planning.forecast import MPS_TOKENS
 
 
 @contextmanager
@@ -24,7 +27,12 @@ def fast_kernels(
 
     Both come from here because compiled code depends on the settings it was compiled under: a run, its rehearsal and
     the micro-batch trial must have the same, or they would compile again.
+
+    Raises:
+        UserError: the micro-batch is too large for MPS.
     """
+    if dist.device.type == "mps":
+        check_mps_tokens(config)
     if config.train.deterministic:
         ranks.make_cublas_deterministic()
     with allow_tf32(config, dist.device), sdpa.use_newer_flash(config.model, dist.device) as remark:
@@ -32,6 +40,21 @@ def fast_kernels(
         if remark:
             log(f"attention: {remark}")
         yield parallelize(model, config, dist)
+
+
+def check_mps_tokens(config: RunConfig) -> None:
+    """
+    Raises:
+        UserError: gradients would be wrong, without an error of torch's.
+    """
+    size, length = config.train.micro_batch_size, config.model.max_seq_len
+    tokens = batch_plan(config, 1).micro_tokens
+    if tokens > MPS_TOKENS:
+        raise UserError(
+            f"train.micro_batch_size {size} x model.max_seq_len {length:,} is {tokens:,} tokens, but on MPS the "
+            f"gradients of more than {MPS_TOKENS:,} may be wrong (https://github.com/pytorch/pytorch/issues/195163); "
+            "set train.micro_batch_size to auto, or lower model.max_seq_len"
+        )
 
 
 def log_kernels(model: Transformer, config: RunConfig, device: torch.device, log: Callable[[str], None]) -> None:

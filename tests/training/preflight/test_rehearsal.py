@@ -33,7 +33,7 @@ from myllm.evals import registry
 from myllm.evals.tasks import TASKS
 from myllm.files import TEMP_SUFFIX
 from myllm.planning.disk import checkpoint_bytes
-from myllm.planning.forecast import CPU_TOKENS, Hardware, candidate_sizes, describe, predict
+from myllm.planning.forecast import CPU_TOKENS, MPS_TOKENS, Hardware, candidate_sizes, describe, predict
 from myllm.presets import get_preset
 from myllm.training.loop import train
 from myllm.training.preflight import batch_size, rehearsal, summary
@@ -327,6 +327,9 @@ def test_candidate_sizes_divide_batch(config: RunConfig) -> None:
     assert candidate_sizes(twelve, 2, "cpu") == [1, 2, 3, 6]
     assert candidate_sizes(with_train(config, batch_tokens=128 * 64), 1, "cpu")[-1] == CPU_TOKENS // 64
     assert candidate_sizes(with_train(config, batch_tokens=128 * 64), 1, "cuda")[-1] == 128
+    large = with_train(config, batch_tokens=1_024 * 64)
+    assert [candidate_sizes(large, 1, device)[-1] for device in ("cuda", "mps")] == [1_024, 256]
+    assert 256 * 64 <= MPS_TOKENS < 512 * 64
 
 
 @pytest.mark.slow
