@@ -1,5 +1,6 @@
 """Every notebook runs from its first cell to its last, on small runs that the tests write."""
 
+import itertools
 import json
 import math
 import re
@@ -39,8 +40,11 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "04c_a_trained_model.ipynb": {},
     "05_data.ipynb": {},
     "06_training.ipynb": {},
+    "06b_settings.ipynb": {},
+    "06c_processes_and_checkpoints.ipynb": {},
     "hf_sampling.ipynb": {"MODEL": "exported", "PROMPTS": ["the river"]},
     "metric_graphs.ipynb": {"RUN": "first", "RUNS": ["first", "second"]},
+    "parameters_costs.ipynb": {},
     "parameters_tuning.ipynb": {},
 }
 
@@ -132,6 +136,40 @@ def test_notebook_has_no_outputs(path: Path) -> None:
             assert cell.execution_count is None
 
 
+def reading_minutes(path: Path) -> float:
+    """At 200 words of prose and 30 lines of code a minute. The install cell, equal in all, is skipped."""
+    cells = nbformat.read(path, as_version=4).cells
+    words = sum(len(cell.source.split()) for cell in cells if cell.cell_type == "markdown")
+    code = [cell.source for cell in cells if cell.cell_type == "code" and "%pip install" not in cell.source]
+    lines = sum(bool(line.strip()) for source in code for line in source.splitlines())
+    return words / 200 + lines / 30
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+def test_notebook_is_read_in_ten_minutes(path: Path) -> None:
+    """And in about the time that the table of all notebooks says."""
+    assert reading_minutes(path) <= 10
+    table = (ROOT / "docs/how_it_works.md").read_text(encoding="utf-8")
+    said = re.search(rf"^\| \[{path.stem}\]\(.*?\) \| (\d+) \|", table, re.MULTILINE)
+    assert said, f"add {path.name} to docs/how_it_works.md"
+    assert int(said[1]) == pytest.approx(reading_minutes(path), abs=1)
+
+
+def test_notebooks_lead_to_the_next() -> None:
+    """In the order of their names; metric_graphs and hf_sampling stand alone."""
+    course = [path for path in NOTEBOOKS if path.name not in ("hf_sampling.ipynb", "metric_graphs.ipynb")]
+    for path, following in itertools.pairwise(course):
+        last = nbformat.read(path, as_version=4).cells[-1].source
+        assert f"**Next:** [{following.stem}]({following.name})" in last
+
+
+def test_every_package_is_explained() -> None:
+    """In a table of a notebook, with a link."""
+    cells = [cell.source for path in NOTEBOOKS for cell in nbformat.read(path, as_version=4).cells]
+    explained = {name for source in cells for name in re.findall(r"\[`(\w+)/`\]\(../src/myllm/\1/", source)}
+    assert {path.parent.name for path in ROOT.glob("src/myllm/*/__init__.py")} <= explained
+
+
 QUICK = "01_self_attention.ipynb"
 """In `make test`, so that a broken way of running notebooks is seen there; the others in `make test-slow`."""
 
@@ -162,8 +200,22 @@ def check_metric_graphs(tables: list[str], stdout: str, pictures: int) -> None:
     assert "| cloze | 100 | acc_norm | 0.31 |" in tables[0]
 
 
+def check_parameters_costs(tables: list[str], stdout: str, pictures: int) -> None:
+    """What the text claims of the changes: width is cheaper than depth; 8/3 of the width costs what GELU costs."""
+    assert pictures == 1
+    rows = {cells[1].strip(): cells[2:] for cells in (line.split("|") for line in tables[0].splitlines()[2:])}
+    assert rows["as it is"][0].strip() == "320M"
+    narrow = rows["deep and narrow"]
+    assert [narrow[0].strip(), narrow[2].strip()] == ["322M", "108%"]
+    assert int(narrow[4].strip("% ")) == pytest.approx(130, abs=2)
+    gelu, narrower = (
+        float(rows[name][1].split()[0]) for name in ("GELU instead of SwiGLU", "SwiGLU with 8/3 of the width")
+    )
+    assert narrower == pytest.approx(gelu, rel=0.02)
+
+
 def check_parameters_tuning(tables: list[str], stdout: str, pictures: int) -> None:
-    assert pictures == 5
+    assert pictures == 4
     # 226 of 19,073 steps; 10B tokens for 320M parameters.
     assert (
         "| lf-llm-269m | 320M | 16 | 1,024 | 16 | 4,096 | 2,048 | 524k | 0.0021 | 118M (1.18%) | 10B | 31 |"
@@ -227,23 +279,31 @@ def check_data(tables: list[str], stdout: str, pictures: int) -> None:
 
 def check_training(tables: list[str], stdout: str, pictures: int) -> None:
     """The exact checks are asserts of the notebook; here, that they were reached, and what the text says of figures."""
-    assert pictures == 4
-    for conclusion in (
-        "six steps by hand and six of train_step: the same weights",
-        "four micro-steps of 4 rows: the same gradient as 16 rows at once",
-        "both ranks have the same gradient, and it is that of one process with all rows",
-        "stopped and resumed: the same weights, bit for bit",
-    ):
-        assert conclusion in stdout
+    assert pictures == 1
+    assert "six steps by hand and six of train_step: the same weights" in stdout
     first = re.search(r"step 0 .* loss ([\d.]+) ", stdout)
     assert first
     assert float(first[1]) == pytest.approx(math.log(50_257), abs=0.1)
-    cosines = [float(cosine) for cosine in re.findall(r"rows? ([\d.]+)", stdout)]
-    start, trained = cosines[:4], cosines[4:8]
+
+
+def check_settings(tables: list[str], stdout: str, pictures: int) -> None:
+    assert pictures == 4
+    assert "four micro-steps of 4 rows: the same gradient as 16 rows at once" in stdout
+    cosines = [float(cosine) for cosine in re.findall(r"rows \d+: ([\d.]+)", stdout)]
+    start, trained = cosines[:4], cosines[4:]
+    assert len(trained) == 4
     assert start == sorted(start)
     assert all(late < early for early, late in zip(start, trained, strict=True))
     float32, bfloat16 = re.search(r"float32 ([\d.]+), matrix products in bfloat16 ([\d.]+)", stdout).groups()
     assert float(bfloat16) == pytest.approx(float(float32), abs=0.1)
+
+
+def check_processes(tables: list[str], stdout: str, pictures: int) -> None:
+    for conclusion in (
+        "both ranks have the same gradient, and it is that of one process with all rows",
+        "stopped and resumed: the same weights, bit for bit",
+    ):
+        assert conclusion in stdout
     assert "| weights | " in tables[0]
 
 
@@ -254,7 +314,10 @@ CHECKS = {
     "04c_a_trained_model.ipynb": check_trained_model,
     "05_data.ipynb": check_data,
     "06_training.ipynb": check_training,
+    "06b_settings.ipynb": check_settings,
+    "06c_processes_and_checkpoints.ipynb": check_processes,
     "metric_graphs.ipynb": check_metric_graphs,
+    "parameters_costs.ipynb": check_parameters_costs,
     "parameters_tuning.ipynb": check_parameters_tuning,
 }
 
