@@ -19,7 +19,7 @@ def parse_count(text: str) -> int:
     # "10T" is not ten tokens: T means tokens only after another letter.
     found = re.fullmatch(rf"{_NUMBER}\s*([KMBGT]?)T?", text.strip(), re.IGNORECASE)
     value = _scaled(found) if found else 0.5
-    if value != int(value):
+    if not value.is_integer():  # infinity is none either
         raise UserError(f"invalid number {text!r}: expected a whole number, for example 10BT, 500M or 1000000")
     return int(value)
 
@@ -32,7 +32,7 @@ def parse_target(text: str) -> tuple[str, float]:
     """
     found = re.fullmatch(rf"{_NUMBER}\s*(?:([KMGT]?)B|([KMGTB]?)T)", text.strip(), re.IGNORECASE)
     value = _scaled(found) if found else 0
-    if not found or not value:
+    if not found or not 0 < value < math.inf:
         raise UserError(f"--target {text!r}: expected bytes of text such as 10GB, or tokens such as 10BT")
     return ("bytes" if text.strip()[-1] in "bB" else "tokens"), value
 
