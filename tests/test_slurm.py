@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SBATCH = ROOT / "docs/slurm/train.sbatch"
 FAKE_SRUN = """#!/usr/bin/env bash
-while [ "$1" != bash ]; do shift; done
+while [ "$1" != bash ]; do echo "$1" >>"$LOG.srun"; shift; done
 SLURM_PROCID=0 exec "$@"
 """
 FAKE_SCONTROL = """#!/usr/bin/env bash
@@ -77,6 +77,14 @@ def test_requeue_depends_on_run_status(slurm: Slurm, status: int, launcher: int,
     )
     assert status_call == "-m myllm status my run"
     assert rest == (["scontrol requeue 7"] if requeued else [])
+
+
+@pytest.mark.parametrize(("cores", "expected"), [("64", ["--cpus-per-task=64"]), ("", [])])
+def test_ranks_get_the_cores_of_the_job(slurm: Slurm, cores: str, expected: list[str]) -> None:
+    """Which srun no longer inherits from sbatch."""
+    output, _ = slurm.start(0, SLURM_CPUS_PER_TASK=cores).communicate(timeout=240)
+    options = Path(f"{slurm.log}.srun").read_text().split()
+    assert options == ["--export=ALL", "--kill-on-bad-exit=1", *expected], output
 
 
 def test_time_limit_signal_reaches_launcher(slurm: Slurm) -> None:
