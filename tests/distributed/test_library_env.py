@@ -1,11 +1,14 @@
 """Environment variables that the programs set for libraries."""
 
 import os
+import platform
 import subprocess
 import sys
 
 import pytest
 from conftest import ROOT
+
+from myllm.distributed import library_env
 
 # What pretrain.py's and myllm's first moment leaves to be read by a library that is loaded next.
 CODE = """
@@ -42,3 +45,22 @@ def test_threads_sleep_while_waiting_by_default(program: str, chosen: dict[str, 
     done = subprocess.run(words, capture_output=True, text=True, timeout=240, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stderr.splitlines()[-1] == expected
+
+
+@pytest.mark.parametrize(
+    ("release", "chosen", "expected"),
+    [
+        ("6.8.0-45-generic", "", "expandable_segments:True"),
+        ("6.8.0-45-generic", "backend:native", "backend:native"),
+        ("5.15.167.4-microsoft-standard-WSL2", "", ""),
+        ("5.15.167.4-microsoft-standard-WSL2", "expandable_segments:True", "expandable_segments:True"),
+    ],
+)
+def test_cuda_segments_do_not_grow_in_wsl(
+    monkeypatch: pytest.MonkeyPatch, release: str, chosen: str, expected: str
+) -> None:
+    """There the first allocation on some cards would fail."""
+    monkeypatch.setattr(os, "environ", {"PYTORCH_ALLOC_CONF": chosen})
+    monkeypatch.setattr(platform, "release", lambda: release)
+    library_env.set_library_env()
+    assert os.environ["PYTORCH_ALLOC_CONF"] == expected

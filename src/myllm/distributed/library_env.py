@@ -1,6 +1,7 @@
 """Environment variables of the libraries. They are read when a library is loaded, and inherited by child processes."""
 
 import os
+import platform
 
 from .cpu_threads import usable_cores
 from .launcher import is_launched, local_world_size
@@ -19,8 +20,8 @@ def set_library_env() -> None:
     if is_launched() and local_world_size() > 1:
         os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(usable_cores() // local_world_size(), 1)))
     # CUDA memory in segments that grow: evaluations, whose shapes vary, then leave no gaps that training cannot use.
-    # Read when the first tensor goes to a GPU.
-    if not any(os.environ.get(name) for name in ALLOCATOR_VARIABLES):
+    # Read when the first tensor goes to a GPU. Not in Windows' Linux, whose driver fails then (pytorch/pytorch#192330).
+    if "microsoft" not in platform.release().lower() and not any(os.environ.get(name) for name in ALLOCATOR_VARIABLES):
         os.environ[ALLOCATOR_VARIABLES[0]] = "expandable_segments:True"
     # Notebooks pass their backend on to commands that they start, where importing Matplotlib would then fail.
     os.environ["MPLBACKEND"] = "agg"
