@@ -1,6 +1,7 @@
 """Steps behind a static cache: the tokens of the plain loop, traced once."""
 
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -101,6 +102,19 @@ def test_recompile_limit_falls_back_to_eager(
     monkeypatch.setattr(generation, "has_triton", lambda device: False)
     for size, rows in found.items():
         assert generated(model, size, counts.get(size, 4)) == rows
+    torch.compiler.reset()
+
+
+def test_other_threads_do_not_compile(compiled_from_one: list[torch.fx.GraphModule]) -> None:
+    """A CUDA graph belongs to the thread that recorded it, and the server has one thread for each request."""
+    model = model_of(KINDS[0] | {"max_seq_len": CONTEXT})
+    with ThreadPoolExecutor(1) as thread:
+        found = thread.submit(generated, model, 2, 4).result()
+        assert not compiled_from_one
+        assert generated(model, 2, 4) == found
+        assert len(compiled_from_one) == 1
+        assert thread.submit(generated, model, 3, 4).result() == generated(model, 3, 4)
+        assert len(compiled_from_one) == 2
     torch.compiler.reset()
 
 

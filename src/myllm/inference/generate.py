@@ -5,6 +5,7 @@
 Shapes: B sequences in progress, V vocabulary.
 """
 
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
@@ -23,7 +24,11 @@ from .sampling import TokenLogprobs, choose, token_logprobs
 from .sampling_params import SamplingParams
 
 COMPILE_MIN_TOKENS = 512
-"""On CUDA, texts of at least this many new tokens compile the decode step. Compilation is too slow for shorter ones."""
+"""On CUDA, texts of at least this many new tokens compile the decode step. Compilation is too slow for shorter ones.
+
+Only in the main thread: a CUDA graph belongs to its thread. In another, such as one of the server's requests, torch before
+2.13 fails, and later versions record each step anew (pytorch/pytorch#123177).
+"""
 
 FinishReason = Literal["end_of_text", "length", "stop"]
 
@@ -106,7 +111,9 @@ def _generate(
     top_logprobs: int,
 ) -> Iterator[Sequence]:
     generators = [torch.Generator().manual_seed(sequence.seed) for sequence in batch]
-    compiled = max_new_tokens >= COMPILE_MIN_TOKENS and has_triton(next(model.parameters()).device)
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    long = max_new_tokens >= COMPILE_MIN_TOKENS
+    compiled = long and in_main_thread and has_triton(next(model.parameters()).device)
     if compiled:
         model.compile_decoding(mode="reduce-overhead")
     decoder = model if compiled else as_plain_objects(model)
