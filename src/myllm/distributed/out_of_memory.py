@@ -19,6 +19,7 @@ ERROR_TEXTS = (
     "std::bad_alloc",
     "ALLOC_FAILED",  # cuBLAS, cuDNN, cuSOLVER, cuFFT
     "ALLOCATION_FAILED",  # cuDNN, from version 9
+    "NOT_INITIALIZED when calling `cublasCreate",  # if torch's allocator has left nothing for the handle
     "Failed to CUDA calloc",  # NCCL
 )
 """In a RuntimeError that means out of memory. Source: torch's c10/cuda, ATen/cuda/Exceptions and c10d."""
