@@ -26,8 +26,8 @@ from .sampling_params import SamplingParams
 COMPILE_MIN_TOKENS = 512
 """On CUDA, texts of at least this many new tokens compile the decode step. Compilation is too slow for shorter ones.
 
-Only in the main thread: a CUDA graph belongs to its thread. In another, such as one of the server's requests, torch before
-2.13 fails, and later versions record each step anew (pytorch/pytorch#123177).
+Only in the main thread: a CUDA graph belongs to its thread. In another, such as one of the server's requests, torch
+before 2.13 fails, and later versions record each step anew (pytorch/pytorch#123177).
 """
 
 FinishReason = Literal["end_of_text", "length", "stop"]
