@@ -42,8 +42,8 @@ class TrialResult:
     """The outcome of a trial."""
 
     name: str
-    loss: float | None
-    """Final validation loss, in nats; None if the run diverged or was given up."""
+    loss: float
+    """Final validation loss, in nats per token; infinite if the run diverged or was given up."""
     tokens: int
     seconds: float
     """In training steps."""
@@ -167,11 +167,9 @@ def finished(config: RunConfig) -> TrialResult | None:
     if code == 0 and validation.get("step") != config.train.max_steps:
         return None
     loss, seconds = as_float(validation.get("loss")) if code == 0 else math.nan, metrics.training_s()
+    tokens = int(metrics.last().get("tokens") or 0)
     return TrialResult(
-        config.name,
-        loss if math.isfinite(loss) else None,
-        int(metrics.last().get("tokens") or 0),
-        0.0 if math.isnan(seconds) else seconds,
+        config.name, loss if math.isfinite(loss) else math.inf, tokens, 0.0 if math.isnan(seconds) else seconds
     )
 
 

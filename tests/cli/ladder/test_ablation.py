@@ -10,11 +10,12 @@ from support.synthetic_ladder import LENGTHS, SIZES, TARGET, ladder
 
 from myllm.cli.ladder.ablation import analyze_ablation, describe_ablation, parts_off, plan_ablation
 from myllm.cli.ladder.analysis import analyze
-from myllm.cli.ladder.cells import CellResult, write_results
-from myllm.cli.ladder.plan import Grid, load_recipes
+from myllm.cli.ladder.cells import write_results
+from myllm.cli.ladder.plan import Cell, Grid, load_recipes
 from myllm.cli.ladder.rates import RecipeRates
 from myllm.cli.ladder.report import write_report
 from myllm.cli.main import main
+from myllm.cli.trials import TrialResult
 from myllm.data.find import find_dataset
 from myllm.presets import diff_settings, get_preset
 
@@ -48,12 +49,13 @@ def test_ablation_losses_paired_by_seed(prepared_data: None) -> None:
     assert len({cell.config.name for cell in cells}) == len(cells) == 3 * (1 + len(PARTS))
     assert {(cell.width, cell.tokens) for cell in cells} == {(32, 2_560)}
     lost = {"lf-llm-269m-modern-no-muon": 0.1, "lf-llm-269m-modern-no-beta2": -0.01}
-    results = [
-        CellResult(cell, 4 + 0.05 * cell.seed + lost.get(cell.recipe, 0.02) + 0.001 * (cell.recipe[-1:] == "m"), 1.0)
-        if cell.recipe in lost or "-no-" in cell.recipe
-        else CellResult(cell, 4 + 0.05 * cell.seed, 1.0)
-        for cell in cells
-    ]
+
+    def loss(cell: Cell) -> float:
+        if "-no-" not in cell.recipe:
+            return 4 + 0.05 * cell.seed
+        return 4 + 0.05 * cell.seed + lost.get(cell.recipe, 0.02) + 0.001 * (cell.recipe[-1:] == "m")
+
+    results = [(cell, TrialResult(cell.config.name, loss(cell), cell.tokens, 1.0)) for cell in cells]
     found = analyze_ablation(results)
     assert found["parts"][0]["part"] == "muon"
     assert found["parts"][0]["lost"] == pytest.approx(0.1)

@@ -1,6 +1,5 @@
 """The cells of a ladder: their models, rates, warm-ups and names, and what is refused before anything is trained."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -103,7 +102,7 @@ def test_cell_names_stable(grid: plan.Grid) -> None:
 def test_rates_file_round_trip_and_validation(tmp_path: Path) -> None:
     rates = {"a": RecipeRates(500, {16: {"max_lr": 0.01}}), "b": RecipeRates(500)}
     path = tmp_path / "rates.json"
-    path.write_text(json.dumps(write_rates(rates)))
+    write_rates(path, rates)
     assert read_rates(path, ["a", "b"]) == rates
     with pytest.raises(UserError, match="no rates of c; it has those of a, b"):
         read_rates(path, ["a", "c"])

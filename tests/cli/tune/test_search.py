@@ -33,12 +33,12 @@ def plan_of(trials: int = 12, low: float = 1e-3, high: float = 3e-2) -> Plan:
     return Plan(config, parameters, trials, debug.train.max_steps)
 
 
-def loss_of(config: RunConfig, noise: float = 0.0) -> float | None:
+def loss_of(config: RunConfig, noise: float = 0.0) -> float:
     """A valley whose bottom moves with the tokens by the published rule; rates that are too high diverge."""
     ratio = config.train.max_steps / FULL
     rate, decay = BEST_RATE * ratio**-0.32, BEST_DECAY / ratio**0.68
     if config.optim.max_lr > 3 * rate:
-        return None
+        return math.inf
     valley = (
         0.5 * math.log10(config.optim.max_lr / rate) ** 2 + 0.2 * math.log10(config.optim.weight_decay / decay) ** 2
     )

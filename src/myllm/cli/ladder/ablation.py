@@ -1,19 +1,17 @@
 """Which parts of a recipe matter: one part at a time is replaced by that of another recipe, with paired seeds."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from myllm.config import RunConfig
 from myllm.formatting import format_si, format_table
 
+from .cells import Results
 from .plan import Cell, Grid, make_cell
 from .rates import RecipeRates
-
-if TYPE_CHECKING:
-    from .cells import CellResult
 
 DROPOUTS = ("dropout_embedding", "dropout_attention_residual", "dropout_ffn")
 
@@ -59,13 +57,12 @@ def plan_ablation(
     ]
 
 
-def analyze_ablation(results: Sequence["CellResult"]) -> dict[str, Any]:
+def analyze_ablation(results: Results) -> dict[str, Any]:
     """Nats lost without each part: the mean of paired differences and its standard error over seeds."""
     losses: dict[str, dict[int, float]] = {}
-    for result in results:
-        losses.setdefault(result.cell.recipe, {})[result.cell.seed] = result.loss
+    for cell, trial in results:
+        losses.setdefault(cell.recipe, {})[cell.seed] = trial.loss
     whole, *variants = losses
-    cell = results[0].cell
     parts: list[dict[str, Any]] = []
     for variant in variants:
         lost = np.array([losses[variant][seed] - losses[whole][seed] for seed in losses[whole]])

@@ -4,22 +4,34 @@ import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import tyro
 
 from myllm import paths
 from myllm.cli.parse import parse_arguments
 from myllm.config import RunConfig
+from myllm.data.find import find_dataset
 from myllm.errors import UserError
-from myllm.files import json_safe, read_json, write_json
+from myllm.files import read_json
 from myllm.formatting import format_si
 
+from .ablation import analyze_ablation, describe_ablation, plan_ablation
+from .analysis import Target, analyze
+from .cells import (
+    Results,
+    describe_cell,
+    describe_left,
+    describe_losses,
+    finished_cells,
+    run_cells,
+    seconds_left,
+    tabulate,
+    write_results,
+)
 from .plan import Cell, Grid, check_grid, count_matrices, describe_plan, load_recipes, plan_cells
 from .rates import RecipeRates, read_rates, write_rates
-
-if TYPE_CHECKING:
-    from .cells import CellResult
+from .search import check_rule, count_runs, describe_search, guessed_rates, search_rates
 
 OWN = "own"
 
@@ -79,12 +91,9 @@ def ladder(words: list[str]) -> None:
         return
     if len(args.recipes) < 2:
         raise UserError("a ladder compares at least two recipes: give presets or config files")
-    grid, recipes = make_grid(args), load_recipes(args.recipes)
-    check_grid(grid, args.max_epochs)
+    recipes, grid = load_recipes(args.recipes), make_grid(args)
     rates = known_rates(args, recipes, grid)
     if rates is None and args.budget:
-        from .search import count_runs, guessed_rates
-
         print(
             f"stage 1: about {count_runs(recipes, grid)} runs of {format_si(grid.middle_length)} tokens to find each "
             "recipe's rates; the plan below has first guesses"
@@ -97,25 +106,19 @@ def ladder(words: list[str]) -> None:
         print(finish(args.name, recipes, grid, results))
 
 
-def train_cells(args: LadderArgs, cells: Sequence[Cell]) -> "list[CellResult] | None":
-    """The results of the cells, after their training. None: only the budget is wanted."""
-    from .cells import describe_cost, expected_seconds, finished_cells, run_cells
-
+def train_cells(args: LadderArgs, cells: Sequence[Cell]) -> Results:
+    """The results of the cells, after their training; none if only the budget is wanted."""
     if args.finished:
         if not (results := finished_cells(cells)):
             raise UserError(f"none of the {len(cells)} runs is finished; train them first, without --finished")
-        return list(results.values())
-    expected = expected_seconds(cells, args.jobs)
-    print(f"\n{describe_cost(cells, expected, args.jobs)}", flush=True)
-    return None if args.budget else run_cells(cells, args.jobs, expected)
+        return results
+    left = seconds_left(cells, args.jobs)
+    print(f"\n{describe_left(cells, left, args.jobs)}", flush=True)
+    return [] if args.budget else run_cells(cells, left, args.jobs)
 
 
-def finish(name: str, recipes: Mapping[str, RunConfig], grid: Grid, results: "Sequence[CellResult]") -> str:
+def finish(name: str, recipes: Mapping[str, RunConfig], grid: Grid, results: Results) -> str:
     """Fit the laws and write ladder.json. Returns what to print."""
-    from .analysis import Target, analyze
-    from .cells import describe_cell, describe_losses, tabulate, write_results
-    from .summary import describe_analysis
-
     losses, seconds = tabulate(results, list(recipes))
     reference = next(iter(recipes.values()))
     target = Target(
@@ -125,10 +128,10 @@ def finish(name: str, recipes: Mapping[str, RunConfig], grid: Grid, results: "Se
     path = paths.ladder_dir(name) / "ladder.json"
     write_results(path, {
         "name": name, "dataset": grid.dataset.name, "recipes": list(recipes), "widths": list(grid.widths),
-        "cells": [describe_cell(result) for result in results], "rates": read_json(rates_file(name)),
+        "cells": [describe_cell(*result) for result in results], "rates": read_json(rates_file(name)),
         "analysis": analysis,
     })  # fmt: skip
-    from .report import write_report  # Matplotlib takes a second
+    from .report import describe_analysis, write_report  # Matplotlib takes a second
 
     return (
         f"\nvalidation loss, nats per token\n{describe_losses(losses, grid.widths)}\n\n"
@@ -139,24 +142,18 @@ def finish(name: str, recipes: Mapping[str, RunConfig], grid: Grid, results: "Se
 
 def ablate(recipe: str, args: LadderArgs) -> None:
     """The mode of --ablate."""
-    from .ablation import analyze_ablation, describe_ablation, plan_ablation
-    from .cells import describe_cell, write_results
-
     if args.recipes:
         raise UserError("--ablate takes the recipe itself: give no others")
-    recipes = load_recipes([recipe, args.base])
-    grid = make_grid(args)
-    check_grid(grid, args.max_epochs)
+    recipes, grid = load_recipes([recipe, args.base]), make_grid(args)
     rates = known_rates(args, recipes, grid)
     if rates is None:
         raise UserError("--ablate needs rates: --rates FILE.json or own, or the --name of a ladder of both recipes")
-    cells = plan_ablation(recipes, grid, rates, args.seeds)
-    results = train_cells(args, cells)
-    if results is None:
+    results = train_cells(args, plan_ablation(recipes, grid, rates, args.seeds))
+    if not results:
         return
     found = analyze_ablation(results)
     path = paths.ladder_dir(args.name) / "ablation.json"
-    write_results(path, found | {"cells": [describe_cell(result) for result in results]})
+    write_results(path, found | {"cells": [describe_cell(*result) for result in results]})
     print(f"\n{describe_ablation(found)}\n\nnumbers  {path}")
     if (path.parent / "ladder.json").is_file():
         from .report import write_report
@@ -165,16 +162,16 @@ def ablate(recipe: str, args: LadderArgs) -> None:
 
 
 def make_grid(args: LadderArgs) -> Grid:
-    """Raises a UserError for an unknown data set, or without a size or length."""
-    from myllm.data.find import find_dataset
-
+    """Raises a UserError for an unknown data set, or sizes and lengths that cannot be trained."""
     for option, value in {"--widths": args.widths, "--tokens": args.tokens, "--seeds": args.seeds}.items():
         if not value or min(value if isinstance(value, tuple) else (value,)) < 1:
             raise UserError(f"{option} is {value}, expected whole numbers above 0")
-    return Grid(
+    grid = Grid(
         args.name, find_dataset(args.dataset), tuple(sorted(set(args.widths))), tuple(sorted(set(args.tokens))),
         args.layers, args.head_dim, args.seq_len, args.batch_tokens, args.validation_tokens,
     )  # fmt: skip
+    check_grid(grid, args.max_epochs)
+    return grid
 
 
 def known_rates(args: LadderArgs, recipes: Mapping[str, RunConfig], grid: Grid) -> dict[str, RecipeRates] | None:
@@ -190,26 +187,21 @@ def known_rates(args: LadderArgs, recipes: Mapping[str, RunConfig], grid: Grid) 
     else:
         rates = read_rates(paths.user_path(args.rates), list(recipes))
     if not args.budget:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, write_rates(rates))
+        write_rates(path, rates)
     return rates
 
 
 def tune_rates(args: LadderArgs, recipes: Mapping[str, RunConfig], grid: Grid) -> dict[str, RecipeRates]:
     """Stage 1: search the rates, check their rule, and save them."""
-    from .cells import expected_seconds, run_cells
-    from .search import check_rule, describe_search, search_rates
 
     def run(cells: Sequence[Cell]) -> list[float]:
-        return [result.loss for result in run_cells(cells, args.jobs, expected_seconds(cells, args.jobs))]
+        return [trial.loss for _, trial in run_cells(cells, seconds_left(cells, args.jobs), args.jobs)]
 
     print("stage 1: rates of each recipe", flush=True)
     rates, record = search_rates(recipes, grid, run)
     checks = check_rule(recipes, grid, rates, run)
     print(describe_search(record, checks) + "\n", flush=True)
-    path = rates_file(args.name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, json_safe(write_rates(rates) | {"search": record, "checks": checks}))
+    write_rates(rates_file(args.name), rates, search=record, checks=checks)
     return rates
 
 

@@ -15,8 +15,13 @@ HUBER = 1e-3
 RESAMPLES = 400
 EXPONENTS = (0.05, 1.5)
 """Exponents of N and D are sought in this range; published ones are 0.28 to 0.54."""
+MIN_LENGTHS = 3
+"""At one size, that a law over tokens needs: any exponent fits two losses."""
 LEVEL = (2.5, 97.5)
 """Percentiles of a band."""
+Band = dict[str, float]
+"""A "value", and from "low" to "high" where it lies in 95 % of resampled seeds, also without any one of the sizes. NaN:
+there are neither seeds nor sizes for it."""
 
 
 @dataclass(frozen=True)
@@ -72,15 +77,6 @@ class Losses:
         return self.values - self.means[..., None]
 
 
-@dataclass(frozen=True)
-class Band:
-    """A value, and the range in which it lies in 95 % of resampled seeds, also without any one of the sizes."""
-
-    value: float
-    low: float = math.nan
-    high: float = math.nan
-
-
 def bands(
     losses: Losses, statistic: Callable[[np.ndarray], Mapping[str, np.ndarray]], drop_sizes: bool = True
 ) -> dict[str, np.ndarray]:
@@ -90,17 +86,17 @@ def bands(
         statistic: from means (R, S, K), where the cells of a size may be NaN, to named figures of any shapes.
         drop_sizes: also leave out one size at a time. False: each figure comes from one size.
     """
-    values = statistic(losses.means)
-    sizes, spreads = len(losses.parameters), losses.spreads()
-    chance = np.random.default_rng(0)
+    spreads, chance, sizes = losses.spreads(), np.random.default_rng(0), len(losses.parameters)
     resampled = [statistic(losses.resampled(spreads, chance)) for _ in range(RESAMPLES if spreads.size else 0)]
-    dropped = [statistic(_without_size(losses.means, size)) for size in range(sizes if drop_sizes and sizes > 1 else 0)]
-    found = {name: np.empty(figures.shape, dtype=object) for name, figures in values.items()}
-    for name, figures in found.items():
+    dropped = [
+        statistic(hold_out(losses.means, size, slice(None))) for size in range(sizes if drop_sizes and sizes > 1 else 0)
+    ]
+    found = {}
+    for name, figures in statistic(losses.means).items():
+        found[name] = np.empty(figures.shape, dtype=object)
         for place in np.ndindex(figures.shape):
-            by_seeds = [row[name].item(place) for row in resampled]
-            by_size = [row[name].item(place) for row in dropped]
-            figures[place] = _band(values[name].item(place), by_seeds, by_size)
+            by_seeds, by_size = ([row[name].item(place) for row in rows] for rows in (resampled, dropped))
+            found[name][place] = _band(figures.item(place), by_seeds, by_size)
     return found
 
 
@@ -108,21 +104,14 @@ def _band(value: float, resampled: Sequence[float], dropped: Sequence[float]) ->
     ends = [end for end in dropped if math.isfinite(end)]
     if np.isfinite(resampled).any():
         ends += list(np.nanpercentile(resampled, LEVEL))
-    if not ends:
-        return Band(value)
-    return Band(value, float(min(*ends, value)), float(max(*ends, value)))
+    low, high = (float(min(*ends, value)), float(max(*ends, value))) if ends else (math.nan, math.nan)
+    return {"value": value, "low": low, "high": high}
 
 
-def _without_size(means: np.ndarray, size: int) -> np.ndarray:
+def hold_out(means: np.ndarray, size: int = -1, lengths: int | slice = -1) -> np.ndarray:
+    """The means without those of a size: (R, S, K), NaN there. By default the largest rung, which is predicted."""
     kept = means.copy()
-    kept[:, size] = np.nan
-    return kept
-
-
-def hold_out(means: np.ndarray) -> np.ndarray:
-    """The means without the largest size at the longest length, which is predicted: (R, S, K), NaN there."""
-    kept = means.copy()
-    kept[:, -1, -1] = np.nan
+    kept[:, size, lengths] = np.nan
     return kept
 
 
@@ -136,38 +125,32 @@ class SizeLaws:
     irreducible: np.ndarray
     """E, (S,)."""
     amplitude: np.ndarray
-    """A at the geometric mean of the lengths, (S,)."""
+    """A, (S,)."""
     exponent: float
-    tokens: np.ndarray
 
-    def losses(self, multipliers: np.ndarray) -> np.ndarray:
-        """Of each recipe at each size and length: (R, S) -> (R, S, K)."""
-        tokens = multipliers[:, :, None] * _scaled(self.tokens)
+    def losses(self, tokens: np.ndarray) -> np.ndarray:
+        """Of the reference after some tokens at each size: (R, S, K) -> (R, S, K)."""
         return self.irreducible[:, None] + self.amplitude[:, None] * tokens**-self.exponent
-
-    def amplitudes(self) -> np.ndarray:
-        """A for plain tokens, (S,)."""
-        return self.amplitude * _mean_of_logs(self.tokens) ** self.exponent
 
     def equal_tokens(self, means: np.ndarray) -> np.ndarray:
         """Tokens at which the reference has each loss: (R, S, K) -> (R, S, K). NaN: it never has."""
         with np.errstate(invalid="ignore", divide="ignore"):
             ratio = (means - self.irreducible[:, None]) / self.amplitude[:, None]
-            tokens = np.where(ratio > 0, ratio, np.nan) ** (-1 / self.exponent)
-        return tokens * _mean_of_logs(self.tokens)
+            return np.where(ratio > 0, ratio, np.nan) ** (-1 / self.exponent)
 
 
 def fit_sizes(means: np.ndarray, tokens: np.ndarray) -> SizeLaws:
     """Fit the reference's law at each size; for a given b it is linear, and b is found by a search over a grid.
 
     Args:
-        means: (R, S, K), NaN where unknown. A size with fewer than two lengths has no law (NaN); one needs three.
+        means: (R, S, K), NaN where unknown. A size with fewer than two lengths has no law (NaN), and none has one if no
+            size has MIN_LENGTHS.
     """
     exponents = np.geomspace(*EXPONENTS, 60)
     for _ in range(2):  # around the best of the first search, a finer one
         irreducible, amplitude, errors = _fit_amplitudes(means[0], tokens, exponents)
         best = int(np.argmin(errors))
-        found = SizeLaws(irreducible[best], amplitude[best], float(exponents[best]), tokens)
+        found = SizeLaws(irreducible[best], amplitude[best], float(exponents[best]))
         exponents = np.geomspace(exponents[max(best - 1, 0)], exponents[min(best + 1, len(exponents) - 1)], 60)
     return found
 
@@ -180,9 +163,10 @@ def _fit_amplitudes(
     Shapes:
         losses (S, K), exponents (P,) -> (P, S), (P, S), and sums of squares (P,)
     """
-    known = np.isfinite(losses) & (np.isfinite(losses).sum(axis=-1, keepdims=True) >= 2)
+    lengths = np.isfinite(losses).sum(axis=-1, keepdims=True)  # (S, 1)
+    known = np.isfinite(losses) & (lengths >= 2) & (lengths.max() >= MIN_LENGTHS)
     count = np.where(known.any(axis=-1), known.sum(axis=-1), np.nan)  # (S,)
-    powers = _scaled(tokens) ** -exponents[:, None, None]  # (P, 1, K)
+    powers = tokens ** -exponents[:, None, None]  # (P, 1, K)
     target = np.where(known, losses, 0.0)
 
     def mean(values: np.ndarray) -> np.ndarray:
@@ -196,9 +180,9 @@ def _fit_amplitudes(
     return irreducible, np.where(amplitude > 0, amplitude, np.nan), errors
 
 
-def size_multipliers(laws: SizeLaws, means: np.ndarray) -> np.ndarray:
+def size_multipliers(laws: SizeLaws, means: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     """The multiplier of each recipe at each size, the geometric mean over its lengths: (R, S, K) -> (R, S)."""
-    logs = np.ma.masked_invalid(np.log(laws.equal_tokens(means) / laws.tokens))
+    logs = np.ma.masked_invalid(np.log(laws.equal_tokens(means) / tokens))
     return np.exp(logs.mean(axis=-1)).filled(np.nan)
 
 
@@ -229,15 +213,16 @@ class JointLaw:
         """g of each recipe, (R,): below 0, the multiplier shrinks with size."""
         return self._by_recipe[1]
 
-    def multipliers(self, parameters: float) -> np.ndarray:
-        """The multiplier of each recipe at a size, (R,)."""
-        log_m, g = self._by_recipe
-        return np.exp(log_m + g * math.log(parameters / self.unit[0]))
+    def multipliers(self, parameters: float | np.ndarray) -> np.ndarray:
+        """The multiplier of each recipe at some sizes: (...) -> (R, ...)."""
+        log_size = np.log(parameters / self.unit[0])
+        return np.array([np.exp(log_m + g * log_size) for log_m, g in self._by_recipe.T])
 
-    def loss(self, recipe: int, parameters: float, tokens: float) -> float:
-        tokens *= float(self.multipliers(parameters)[recipe])
-        law = self.constants
-        return law["E"] + law["A"] * parameters ** -law["a"] + law["B"] * tokens ** -law["b"]
+    def losses(self, parameters: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        """Of each recipe at each size and length: (S,), (K,) -> (R, S, K)."""
+        law, equal_tokens = self.constants, self.multipliers(parameters)[:, :, None] * tokens
+        size_term = law["A"] * parameters[:, None] ** -law["a"]
+        return law["E"] + size_term + law["B"] * equal_tokens ** -law["b"]
 
     @property
     def _by_recipe(self) -> np.ndarray:
@@ -348,24 +333,16 @@ def tokens_to_reach(loss: float, tokens: np.ndarray, losses: np.ndarray) -> floa
     known = np.isfinite(losses)
     if not (math.isfinite(loss) and known.any()):
         return math.nan
-    if not known.all():
-        found = tokens_to_reach(loss, tokens[known], losses[known])
-        return found if 0 < found < math.inf else math.nan
-    if losses[0] < loss:
-        return 0.0
-    reached = np.flatnonzero(losses <= loss)
+    log_ratios, by_run = np.log(tokens[known] / tokens[0]), losses[known]
+    reached = np.flatnonzero(by_run <= loss)
     if not reached.size:
-        return math.inf
-    after = int(reached[0])
-    if after == 0:
-        return float(tokens[0])
-    above, below = losses[after - 1], losses[after]
-    fraction = (above - loss) / (above - below)
-    return float(np.exp(np.log(tokens[after - 1]) + fraction * np.log(tokens[after] / tokens[after - 1])))
-
-
-def _scaled(tokens: np.ndarray) -> np.ndarray:
-    return tokens / _mean_of_logs(tokens)
+        found = math.inf
+    elif by_run[0] < loss:
+        found = 0.0
+    else:
+        around = [reached[0], max(reached[0] - 1, 0)]
+        found = float(tokens[0] * np.exp(np.interp(loss, by_run[around], log_ratios[around])))
+    return found if known.all() or 0 < found < math.inf else math.nan
 
 
 def _mean_of_logs(values: np.ndarray) -> float:

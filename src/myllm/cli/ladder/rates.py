@@ -1,6 +1,7 @@
 """Learning rates of a recipe by width and length: tuned at one or two widths and one length, carried over by rule."""
 
 import math
+from bisect import bisect
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 
 from myllm.config import OptimConfig
 from myllm.errors import UserError
-from myllm.files import read_json
+from myllm.files import json_safe, read_json, write_json
 from myllm.migrations import LADDER_RATES
 from myllm.planning.transfer import transfer
 
@@ -50,13 +51,12 @@ def _at_width(rates: Mapping[int, float], width: int) -> float:
     if width in rates or len(rates) == 1:
         return rates.get(width) or next(iter(rates.values()))
     widths = sorted(rates)
-    below = [known for known in widths if known < width]
-    above = [known for known in widths if known > width]
-    start, end = (below[-1], above[0]) if below and above else (widths[:2] if above else widths[-2:])
+    last = min(max(bisect(widths, width), 1), len(widths) - 1)
+    start, end = widths[last - 1], widths[last]
     exponent = math.log(rates[end] / rates[start]) / math.log(end / start)
-    if not (below and above):
+    if not start < width < end:
         exponent = min(max(exponent, STEEPEST), 0.0)
-    nearest = end if not above else start
+    nearest = end if width > end else start
     return rates[nearest] * (width / nearest) ** exponent
 
 
@@ -78,11 +78,12 @@ def read_rates(path: Path, recipes: list[str]) -> dict[str, RecipeRates]:
     return {name: RecipeRates(tokens, _parse_widths(found[name], f"{path}, {name}")) for name in recipes}
 
 
-def write_rates(rates: Mapping[str, RecipeRates]) -> dict[str, Any]:
-    """The content of a rates file."""
+def write_rates(path: Path, rates: Mapping[str, RecipeRates], **found: Any) -> None:
+    """Write a rates file, with what a search found."""
     (tokens,) = {recipe.tokens for recipe in rates.values()}
-    widths = {name: {str(width): dict(row) for width, row in recipe.by_width.items()} for name, recipe in rates.items()}
-    return LADDER_RATES.stamp({"tokens": tokens, "recipes": widths})
+    by_width = {name: recipe.by_width for name, recipe in rates.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, json_safe(LADDER_RATES.stamp({"tokens": tokens, "recipes": by_width} | found)))
 
 
 def _parse_widths(values: Any, place: str) -> dict[int, dict[str, float]]:

@@ -1,5 +1,6 @@
 """The command `myllm tune PRESET [overrides]`: its arguments, the plan, and what it prints."""
 
+import math
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -141,5 +142,5 @@ def describe_run(run: TunedRun) -> str:
     values = ", ".join(f"{name} {value:.3g}" for name, value in run.values.items())
     result = run.result
     assert result
-    loss = "diverged or was given up" if result.loss is None else f"loss {result.loss:.4f}"
+    loss = f"loss {run.loss:.4f}" if math.isfinite(run.loss) else "diverged or was given up"
     return f"{run.name}: {values}: {loss} ({format_si(result.tokens)} tokens in {format_duration(result.seconds)})"

@@ -1,5 +1,6 @@
 """tune.json and report.html of a search."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from statistics import fmean
@@ -113,7 +114,7 @@ def _cells(run: TunedRun) -> list[str]:
     """A row of the table of runs."""
     result = run.result
     assert result
-    loss = "diverged" if result.loss is None else f"{result.loss:.4f}"
+    loss = f"{run.loss:.4f}" if math.isfinite(run.loss) else "diverged"
     values = [f"{value:.3g}" for value in run.values.values()]
     return [run.name, format_si(result.tokens), str(run.seed), *values, loss, format_duration(result.seconds)]
 
@@ -123,7 +124,8 @@ def _row(run: TunedRun) -> dict[str, object]:
     assert result
     return {
         "run": run.name, "number": run.number, "rung": RUNGS[run.rung], "seed": run.seed, "values": run.values,
-        "loss": result.loss, "tokens": result.tokens, "seconds": round(result.seconds, 2),
+        "loss": run.loss if math.isfinite(run.loss) else None, "tokens": result.tokens,
+        "seconds": round(result.seconds, 2),
     }  # fmt: skip
 
 

@@ -109,7 +109,7 @@ class TunedRun:
     @property
     def loss(self) -> float:
         """Infinity if the run diverged or was given up."""
-        return math.inf if self.result is None or self.result.loss is None else self.result.loss
+        return self.result.loss if self.result else math.inf
 
 
 class Search:
