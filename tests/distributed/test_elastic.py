@@ -63,6 +63,23 @@ def test_older_torchrun_gets_only_supported_options(
 
 
 @pytest.mark.parametrize(
+    ("words", "address"),
+    [
+        (["--standalone"], "127.0.0.1"),
+        (["--standalone", "--local-addr=10.0.0.1"], "10.0.0.1"),
+        (["--nnodes=2", "--rdzv_endpoint=10.0.0.1:29500"], None),
+    ],
+    ids=["one machine", "chosen", "two machines"],
+)
+def test_ranks_of_one_machine_meet_at_loopback(
+    words: list[str], address: str | None, recorded_arguments: list[Any]
+) -> None:
+    """Its own name may resolve nowhere, for example in a container."""
+    assert main([*words, "train.py"]) == 0
+    assert recorded_arguments[0].local_addr == address
+
+
+@pytest.mark.parametrize(
     "options",
     [
         ("--nproc_per_node=x",), ("--nproc-per-node=0",), ("--nproc_per_node=-1",), ("--nnodes=x",), ("--nnodes=0",),

@@ -141,3 +141,26 @@ def test_failing_rank_restarts_up_to_limit(tmp_path: Path) -> None:
         assert done.returncode == int(code), done.stderr
         assert done.stdout.count("start") == starts
     assert "rank 0 failed; see its traceback above; --max-restarts 1 are used up" in done.stderr
+
+
+NAMELESS = """
+import socket, sys
+socket.getfqdn = lambda *_: "nowhere.invalid"
+from myllm.distributed.elastic import main
+sys.exit(main(["--standalone", "--nproc_per_node=2", "--max-restarts=0", sys.argv[1]]))
+"""
+MEETING = """
+from datetime import timedelta
+import torch.distributed as dist
+dist.init_process_group("gloo", timeout=timedelta(seconds=20))
+dist.destroy_process_group()
+"""
+
+
+def test_ranks_meet_where_machine_name_resolves_nowhere(tmp_path: Path) -> None:
+    program = tmp_path / "meet.py"
+    program.write_text(MEETING)
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+    words = [sys.executable, "-c", NAMELESS, str(program)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=240, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
