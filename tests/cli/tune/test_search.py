@@ -144,7 +144,7 @@ def runs_on(losses: Callable[[float], float], parameter: Parameter, count: int =
             {parameter.name: value},
             0,
             0,
-            TrialResult("", losses(value) + chance.gauss(0, 0.01), 0, 0),
+            losses(value) + chance.gauss(0, 0.01),
         )
         for index, value in enumerate(values)
     ]

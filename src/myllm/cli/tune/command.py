@@ -140,7 +140,5 @@ def describe_time(plan: Plan, folder: Path, jobs: int) -> str:
 
 def describe_run(run: TunedRun) -> str:
     values = ", ".join(f"{name} {value:.3g}" for name, value in run.values.items())
-    result = run.result
-    assert result
     loss = f"loss {run.loss:.4f}" if math.isfinite(run.loss) else "diverged or was given up"
-    return f"{run.name}: {values}: {loss} ({format_si(result.tokens)} tokens in {format_duration(result.seconds)})"
+    return f"{run.name}: {values}: {loss} ({format_si(run.tokens)} tokens in {format_duration(run.seconds)})"

@@ -63,45 +63,40 @@ def fit_parabolas(runs: list[TunedRun], parameters: list[Parameter]) -> dict[str
     residual = loss - design @ coefficients
     variance = float(residual @ residual) / (len(used) - design.shape[1])
     covariance = variance * np.linalg.inv(design.T @ design)
+    n = len(parameters)
     return {
-        p.name: _describe(p, index, len(parameters), coefficients, covariance, middle[index], math.sqrt(variance))
-        for index, p in enumerate(parameters)
+        p.name: _parabola(p, coefficients[[i, n + i]], covariance[np.ix_([i, n + i], [i, n + i])], math.sqrt(variance))
+        for i, p in enumerate(parameters)
     }
 
 
-def _describe(
-    parameter: Parameter,
-    index: int,
-    count: int,
-    coefficients: np.ndarray,
-    covariance: np.ndarray,
-    middle: float,
-    sigma: float,
-) -> Parabola:
-    a, b = float(coefficients[index]), float(coefficients[count + index])
-    own = covariance[np.ix_([index, count + index], [index, count + index])]
+def _parabola(parameter: Parameter, coefficients: np.ndarray, covariance: np.ndarray, sigma: float) -> Parabola:
+    """The parabola a x^2 + b x of one setting, where x is 0 in the middle of the range.
+
+    Shapes: coefficients (2,) are a and b, covariance (2, 2)
+    """
+    a, b = map(float, coefficients)
     first, last = parameter.bounds
-    width = last - first
-    ends = [a * (end - middle) ** 2 + b * (end - middle) for end in (first, last)]
-    lowest = -b * b / (4 * a) if a > 0 and first <= middle - b / (2 * a) <= last else min(ends)
+    middle, half = (first + last) / 2, (last - first) / 2
+    lowest_at = -b / (2 * a) if a > 0 else math.inf
+    ends = [a * x**2 + b * x for x in (-half, half)]
+    lowest = a * lowest_at**2 + b * lowest_at if abs(lowest_at) <= half else min(ends)
     rise = max(ends) - lowest
+    verdict = ""
     if rise < 2 * sigma:
-        return Parabola(
-            None, parameter.low, parameter.high, a, math.nan, sigma,
-            f"flat: over the whole range the loss changes by {rise:.3f} nats, and single runs scatter by {sigma:.3f}",
-        )  # fmt: skip
-    if a <= 0 or not first + EDGE * width <= middle - b / (2 * a) <= last - EDGE * width:
+        verdict = (
+            f"flat: over the whole range the loss changes by {rise:.3f} nats, and single runs scatter by {sigma:.3f}"
+        )
+    elif abs(lowest_at) > half * (1 - 2 * EDGE):
         end = parameter.value_at(first if ends[0] < ends[1] else last)
-        return Parabola(
-            None, parameter.low, parameter.high, a, math.nan, sigma,
-            f"at the edge of the range: the loss still falls towards {end:.3g}; search beyond it",
-        )  # fmt: skip
-    center = middle - b / (2 * a)
+        verdict = f"at the edge of the range: the loss still falls towards {end:.3g}; search beyond it"
+    if verdict:
+        return Parabola(None, parameter.low, parameter.high, a, math.nan, sigma, verdict)
+    center = middle + lowest_at
     # The delta method: the derivatives of -b / 2a by a and b.
     gradient = np.array([b / (2 * a * a), -1 / (2 * a)])
-    deviation = math.sqrt(gradient @ own @ gradient)
+    deviation = math.sqrt(gradient @ covariance @ gradient)
     low, high = sorted(parameter.value_at(center + side * deviation) for side in (-1, 1))
     optimum = parameter.value_at(center)
-    return Parabola(
-        optimum, low, high, a, center, sigma, f"optimum {optimum:.3g}, 1-sigma range {low:.3g} to {high:.3g}"
-    )
+    verdict = f"optimum {optimum:.3g}, 1-sigma range {low:.3g} to {high:.3g}"
+    return Parabola(optimum, low, high, a, center, sigma, verdict)

@@ -78,15 +78,11 @@ def _finish(axes: Axes, parameter: Parameter, top: float) -> None:
     else:
         set_ticks(axes.xaxis, MaxNLocator(5), format_number)
     axes.set_xlabel(f"value in a run of D tokens{', log scale' if parameter.is_log else ''}")
+    styles = [*((name, color, area**0.5, "white") for name, color, area in RUNG_STYLES), ("preset", "white", 7.0, INK)]
     keys = [
-        Line2D(
-            [], [], color=color, marker="o", linestyle="none", markersize=area**0.5, markeredgecolor="white", label=name
-        )
-        for name, color, area in RUNG_STYLES
+        Line2D([], [], color=color, marker="o", linestyle="none", markersize=size, markeredgecolor=edge, label=name)
+        for name, color, size, edge in styles
     ]
-    keys.append(
-        Line2D([], [], color="white", marker="o", linestyle="none", markersize=7, markeredgecolor=INK, label="preset")
-    )
     axes.legend(handles=keys, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncol=4, frameon=False)
 
 

@@ -13,7 +13,7 @@ from myllm.planning.transfer import describe_transfer, transfer
 
 from .fit import BEST_FRACTION, Parabola, fit_parabolas
 from .recommend import Recommendation, commands, fresh_runs, mean_loss, recommend
-from .search import RUNGS, TOP, Plan, Search, TunedRun, ranked
+from .search import RUNGS, TOP, Search, TunedRun, ranked
 
 TOO_FEW = "too few runs for a parabola"
 UNFINISHED = "The search is not finished: run the same command to continue it."
@@ -47,20 +47,20 @@ def _page(
 
     from .plots import draw_setting
 
-    plan = search.plan
+    plan, fresh = search.plan, fresh_runs(search)
     shortest = transfer(plan.config.optim, plan.steps[0] / plan.steps[TOP])
+    lengths = ", ".join(format_si(steps * plan.config.train.batch_tokens) for steps in plan.steps)
+    data = plan.config.data.dataset or plan.config.data.source
     figures = [
         {
-            "name": p.name,
+            "name": p.name, "verdict": _verdict(parabolas, p.name),
             "image": embed_figure(draw_setting(p, search.runs, parabolas.get(p.name))),
-            "verdict": _verdict(parabolas, p.name),
         }
         for p in plan.parameters
-    ]
-    seeds, finalists = _finalists(search)
-    return page_template("myllm.cli.tune").render(
+    ]  # fmt: skip
+    return page_template("myllm.cli.tune", si=format_si).render(
         name=plan.config.name,
-        subtitle=_subtitle(plan),
+        subtitle=f"{data} · runs of {lengths} tokens · {plan.config.optim.optimizer}",
         done=len(search.runs),
         total=len(search.runs) if best else max(sum(plan.counts) + plan.final_runs, len(search.runs)),
         complete=best is not None,
@@ -68,25 +68,18 @@ def _page(
         sentence=best.sentence() if best else UNFINISHED,
         commands=lines,
         settings=[p.name for p in plan.parameters],
-        seeds=seeds,
-        finalists=finalists,
+        seeds=sorted({seed for by_seed in fresh.values() for seed in by_seed}),
+        finalists=sorted(((mean_loss(by_seed), by_seed) for by_seed in fresh.values()), key=lambda row: row[0]),
         figures=figures,
         best_fraction=f"{BEST_FRACTION:.0%}",
         rule=f"Carried from D to D/9 tokens: {describe_transfer(plan.config.optim, shortest)}.",
-        rows=[_cells(run) for run in sorted(ranked(search.runs), key=lambda run: -run.rung)],
+        runs=sorted(ranked(search.runs), key=lambda run: -run.rung),
         command=f"The same command continues the search in {search.folder}.",
     )
 
 
-def _subtitle(plan: Plan) -> str:
-    lengths = ", ".join(format_si(steps * plan.config.train.batch_tokens) for steps in plan.steps)
-    data = plan.config.data.dataset or plan.config.data.source
-    return f"{data} · runs of {lengths} tokens · {plan.config.optim.optimizer}"
-
-
 def _cards(search: Search, best: Recommendation | None) -> list[tuple[str, str, str]]:
-    tokens = sum(run.result.tokens for run in search.runs if run.result)
-    seconds = sum(run.result.seconds for run in search.runs if run.result)
+    tokens, seconds = sum(run.tokens for run in search.runs), sum(run.seconds for run in search.runs)
     cards = [("Tokens", format_si(tokens), "of all runs"), ("Training time", format_duration(seconds), "of all runs")]
     if best:
         gain = f"{fmean(best.gains):+.4f}" if best.gains else "0"
@@ -98,34 +91,11 @@ def _cards(search: Search, best: Recommendation | None) -> list[tuple[str, str, 
     return cards
 
 
-def _finalists(search: Search) -> tuple[list[int], list[list[str]]]:
-    """The fresh seeds, and a row for each finalist: its number, values, losses and mean."""
-    runs = fresh_runs(search)
-    seeds = sorted({seed for by_seed in runs.values() for seed in by_seed})
-    rows = []
-    for number, by_seed in sorted(runs.items(), key=lambda item: mean_loss(item[1])):
-        losses = [f"{by_seed[seed].loss:.4f}" if seed in by_seed else "" for seed in seeds]
-        values = [f"{value:.3g}" for value in next(iter(by_seed.values())).values.values()]
-        rows.append([f"{number:03d}" if number else "preset", *values, *losses, f"{mean_loss(by_seed):.4f}"])
-    return seeds, rows
-
-
-def _cells(run: TunedRun) -> list[str]:
-    """A row of the table of runs."""
-    result = run.result
-    assert result
-    loss = f"{run.loss:.4f}" if math.isfinite(run.loss) else "diverged"
-    values = [f"{value:.3g}" for value in run.values.values()]
-    return [run.name, format_si(result.tokens), str(run.seed), *values, loss, format_duration(result.seconds)]
-
-
 def _row(run: TunedRun) -> dict[str, object]:
-    result = run.result
-    assert result
+    """As in tune.json."""
     return {
         "run": run.name, "number": run.number, "rung": RUNGS[run.rung], "seed": run.seed, "values": run.values,
-        "loss": run.loss if math.isfinite(run.loss) else None, "tokens": result.tokens,
-        "seconds": round(result.seconds, 2),
+        "loss": run.loss if math.isfinite(run.loss) else None, "tokens": run.tokens, "seconds": round(run.seconds, 2),
     }  # fmt: skip
 
 

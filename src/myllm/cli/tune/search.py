@@ -14,11 +14,11 @@ Optuna's study, an SQLite file, keeps the points; the folders of the runs keep t
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import closing
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from myllm.cli.trials import TrialResult, recent_loss, run_trials
+from myllm.cli.trials import recent_loss, run_trials
 from myllm.config import RunConfig, to_dict
 from myllm.errors import UserError, bullets, require
 from myllm.paths import RunPaths
@@ -91,7 +91,7 @@ def promoted(count: int) -> int:
 
 @dataclass(frozen=True)
 class TunedRun:
-    """A run of the search and its result."""
+    """A run of the search, before its training or after it."""
 
     name: str
     number: int
@@ -99,17 +99,15 @@ class TunedRun:
     values: dict[str, float]
     rung: int
     seed: int
-    result: TrialResult | None = field(default=None, compare=False)
+    loss: float = math.inf
+    """Final validation loss, in nats per token; infinite if the run diverged, was given up, or is not trained."""
+    tokens: int = 0
+    seconds: float = 0.0
 
     @property
     def group(self) -> tuple[int, int]:
         """Runs of one rung and one seed are compared."""
         return self.rung, self.seed
-
-    @property
-    def loss(self) -> float:
-        """Infinity if the run diverged or was given up."""
-        return self.result.loss if self.result else math.inf
 
 
 class Search:
@@ -181,7 +179,7 @@ class Search:
 
         with closing(run_trials(configs(), self.jobs, self._give_up_above)) as results:
             for result in results:
-                run = replace(by_name[result.name], result=result)
+                run = replace(by_name[result.name], loss=result.loss, tokens=result.tokens, seconds=result.seconds)
                 self.runs.append(run)
                 if run.rung == 0:
                     # To the sampler, a run that diverged knows nothing: the loss of guessing.
