@@ -1,4 +1,4 @@
-"""The shards of one split as one long array of tokens that stays on disk."""
+"""The shards of one split as one long array of tokens on disk. A damaged shard is found before its first use."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor

@@ -1,4 +1,4 @@
-"""The type in which a run computes, TF32, and bitwise deterministic steps."""
+"""The dtype of matrix products (autocast), TF32, and bitwise deterministic steps."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

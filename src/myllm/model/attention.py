@@ -48,10 +48,9 @@ class Attention(nn.Module):
             mask: dict[str, Any] = {"attn_mask": cache.mask}
         else:
             mask = _causal_mask(T, k.shape[2], v)
-        q, k = q.type_as(v), k.type_as(v)
         y = F.scaled_dot_product_attention(q, k, v, **mask, enable_gqa=self.n_heads != self.kv_heads)  # (B, H, T, K)
         y = y.transpose(1, 2).reshape(B, T, -1)  # (B, T, H K)
-        return self.dropout(self.out_proj(y.type_as(x)))  # (B, T, D)
+        return self.dropout(self.out_proj(y))  # (B, T, D)
 
 
 def _causal_mask(T: int, S: int, values: Tensor) -> dict[str, Any]:

@@ -225,9 +225,7 @@ def _kept_by_attention(model: ModelConfig, mode: ComputeMode, n: int) -> int:
         if not mode.compiled:
             copies = int(mode.half) + int(mode.device == "cpu")  # in float32, and normalized before the weight
             kept += copies * FLOAT * both
-    # The output, the log-sum-exp of each row, and the output a second time if it passes through float32.
-    twice = mode.half and _norm_output_width(model, mode) == FLOAT
-    return kept + w * queries * (2 if twice else 1) + FLOAT * n * model.n_heads
+    return kept + w * queries + FLOAT * n * model.n_heads  # the output, and the log-sum-exp of each row
 
 
 def _kept_by_feed_forward(model: ModelConfig, mode: ComputeMode, n: int) -> int:

@@ -1,4 +1,4 @@
-"""From a config to everything that a training step needs: the same for a run, its rehearsal and a benchmark."""
+"""Build what a training step needs from a config: model, optimizer, data and random state, new or from a checkpoint."""
 
 import time
 from collections.abc import Callable, Iterator

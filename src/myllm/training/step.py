@@ -1,4 +1,4 @@
-"""One optimizer update."""
+"""One optimizer update: gradients are accumulated over micro-steps, clipped, and applied."""
 
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext

@@ -1,4 +1,4 @@
-"""Work items: which files, or parts of files, a worker takes at a time, and how it turns them into tokens.
+"""Work items: files and parts of files in shuffled order, and how a worker turns one into tokens.
 
 An item leaves two files: `000012.bin`, the tokens of its documents end to end, and `000012.npz`, the length and a hash
 of each document. The second is written last: an item that has it is finished, and no restart repeats it. Neither is

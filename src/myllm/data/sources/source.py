@@ -1,4 +1,4 @@
-"""Sources of text. A source is a list of files, each with a digest; reading a file yields documents.
+"""Sources of text, by the words of `--data.source`: lists of files, each with a digest, that yield documents.
 
 The digests make up the source's fingerprint: the same digests give the same data set. catalog.py describes the public
 corpora, hub_listing.py finds their files, download.py fetches them.

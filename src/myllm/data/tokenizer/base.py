@@ -1,4 +1,7 @@
-"""What every tokenizer offers. `load.load_tokenizer` returns GPT-2's (gpt2.py) or a user's own (huggingface.py)."""
+"""What every tokenizer does: encode a text, put the end-of-text token before a document, and decode.
+
+`load.load_tokenizer` returns GPT-2's (gpt2.py) or a user's own (huggingface.py).
+"""
 
 import re
 from abc import ABC, abstractmethod
