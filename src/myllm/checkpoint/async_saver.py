@@ -45,9 +45,9 @@ class AsyncSaver:
         model: Transformer,
         optimizer: ScheduledOptimizer,
         tokenizer: Tokenizer,
-        process: DistContext,
+        dist: DistContext,
     ) -> None:
-        self._config, self._run, self._process = config, run, process
+        self._config, self._run, self._dist = config, run, dist
         self._model, self._optimizer = model, optimizer
         self._tokenizer_file = None if tokenizer.is_default else tokenizer.file
         self._group = new_background_group()
@@ -94,7 +94,7 @@ class AsyncSaver:
         weights = strip_wrapper_prefixes(self._model.state_dict().items())
         tensors = {(WEIGHTS, name): tensor for name, tensor in weights.items()}
         tensors |= {(OPTIMIZER, name): tensor for name, tensor in moments.items()}
-        own = rank_tensors(tensors, self._process.rank, self._process.world_size)
+        own = rank_tensors(tensors, self._dist.rank, self._dist.world_size)
         _check_finite(own, state.step)
         folder = self._run.best if best else self._run.checkpoints
         n_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
@@ -105,7 +105,7 @@ class AsyncSaver:
             to_dict(self._config),
             {name: tensor for (part, name), tensor in self._buffers.items() if part == WEIGHTS},
             {name: tensor for (part, name), tensor in self._buffers.items() if part == OPTIMIZER},
-            {self._process.rank: get_rng_state(self._process.device)},
+            {self._dist.rank: get_rng_state(self._dist.device)},
             self._tokenizer_file,
         )
         train = self._config.train
@@ -150,7 +150,7 @@ class AsyncSaver:
             raise failure
 
     def _on_rank_zero(self, check: Callable[[], None]) -> None:
-        run_on_all_ranks(check if self._process.is_rank_zero else lambda: None)
+        run_on_all_ranks(check if self._dist.is_rank_zero else lambda: None)
 
 
 def _check_finite(tensors: dict[tuple[str, str], Tensor], step: int) -> None:

@@ -109,7 +109,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "tune": tune_cli.tune,
     "ladder": ladder_cli.ladder,
 }
-GROUPS = ("data", "tokenizer", "checkpoint", "runs")
+GROUPS = tuple(dict.fromkeys(name.split()[0] for name in COMMANDS if " " in name))
 """First words of two-word commands. `runs` alone is a command too."""
 TAKES_WORDS = {"plan", "preflight", "prove-resume", "tune", "ladder"}
 """Commands that parse the words themselves: they begin with presets."""
@@ -121,26 +121,21 @@ def main(words: list[str] | None = None) -> None:
     protect_output()
     words = sys.argv[1:] if words is None else words
     with exit_on_error():
-        wants_help = bool({"-h", "--help"} & set(words))
-        if not words or words[0] in ("-h", "--help"):
-            print(_usage())
-            raise SystemExit(0 if wants_help else 2)
-        if words[0] == "--version":
+        if words[:1] == ["--version"]:
             print(version())
             return
-        if words[0] in GROUPS and words[0] not in COMMANDS and (len(words) == 1 or words[1] in ("-h", "--help")):
-            print(_usage(words[0]))
-            raise SystemExit(0 if wants_help else 2)
-        group = words[0] if words[0] in GROUPS else ""
-        # `myllm runs` is a command too, of one word.
-        name = " ".join(words[: 2 if group and words[1:] and not words[1].startswith("-") else 1])
-        if name not in COMMANDS:
-            raise UserError(f"unknown command {name!r}{did_you_mean(name, list(COMMANDS))}\n\n{_usage(group)}")
-        rest = words[len(name.split()) :]
+        group = words[0] if words and words[0] in GROUPS else ""
+        n_words = 2 if group and words[1:] and not words[1].startswith("-") else 1
+        name, rest = " ".join(words[:n_words]), words[n_words:]
         if name in TAKES_WORDS:
             COMMANDS[name](rest)
-        else:
+        elif name in COMMANDS:
             parse_arguments(COMMANDS[name], rest, f"myllm {name}")
+        elif name in ("", "-h", "--help", group):
+            print(_usage(group))
+            raise SystemExit(0 if {"-h", "--help"} & set(words) else 2)
+        else:
+            raise UserError(f"unknown command {name!r}{did_you_mean(name, list(COMMANDS))}\n\n{_usage(group)}")
 
 
 def _usage(group: str = "") -> str:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import inspect
+import operator
 import platform
 import re
 import shutil
@@ -91,7 +92,7 @@ def _optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
     choices = typing.get_args(info.type)
     if info.type_origin not in (types.UnionType, typing.Union) or types.NoneType not in choices:
         return None
-    rest = functools.reduce(lambda a, b: a | b, [choice for choice in choices if choice is not types.NoneType])
+    rest = functools.reduce(operator.or_, [choice for choice in choices if choice is not types.NoneType])
     inner = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(rest, info.markers))
     if isinstance(inner, UnsupportedTypeAnnotationError) or inner.nargs != 1:
         return None

@@ -185,9 +185,9 @@ class BatchLoader:
                 order.dataset.refresh()
             sequences = order.take(position, plan.sequences)
             order.verify(sequences)  # those of all ranks, so that all ranks refuse a damaged shard at the same step
-            indices = order.done(position) + np.arange(plan.sequences)
+            sample_numbers = order.done(position) + np.arange(plan.sequences)  # counted over the whole run
             position = order.advance(position, plan.sequences)
             for micro_step in range(plan.grad_accum_steps):
                 own = rank_rows(micro_step, self._rank, plan.world_size, plan.micro_batch_size)
                 rows = order.read(sequences[own])
-                yield self._transfer.send(rows), hash_samples(indices[own], sequences[own], rows)
+                yield self._transfer.send(rows), hash_samples(sample_numbers[own], sequences[own], rows)

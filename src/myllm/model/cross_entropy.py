@@ -111,7 +111,7 @@ def _losses_and_gradients_in_place(
 
     Shapes:
         h (N, D) and w (V, D), in the compute dtype; targets (N,); returns (N,) float32, (N, D) in the compute dtype
-        (in float16 multiplied by FLOAT16_GRAD_SCALE N), and (V, D) in `weight_dtype`
+        (in float16, FLOAT16_GRAD_SCALE N times the gradient), and (V, D) in `weight_dtype`
     """
     n, half = targets.shape[0], w.dtype is torch.float16
     scale = 1 / (FLOAT16_GRAD_SCALE * n) if half else 1 / n

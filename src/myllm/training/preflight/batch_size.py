@@ -20,16 +20,11 @@ from myllm.paths import RunPaths
 from myllm.planning.batch import batch_plan
 from myllm.planning.forecast import candidate_sizes, with_micro_batch_size
 from myllm.planning.memory_estimate import ComputeMode, predicted_bytes
-from myllm.runs.history import read_json_or_empty
+from myllm.runs.history import read_json_or_empty, section
 from myllm.training.setup import RunContext, build
 from myllm.training.step import train_step
 
-from .device_memory import (
-    OutOfMemory,
-    memory_limit_bytes,
-    reset_peak,
-    run_within_memory,
-)
+from .device_memory import OutOfMemory, memory_limit_bytes, reset_peak, run_within_memory
 from .scratch import random_dataset, reset_compiler, scratch_folder
 
 MEMORY_ACCUM_STEPS = 2
@@ -178,8 +173,7 @@ def _size_of_run(config: RunConfig, dist: DistContext) -> tuple[int | None, bool
     """The number in the config.json of this run, and whether everything that memory depends on is unchanged."""
     run = RunPaths.of(config.name)
     saved, environment = read_json_or_empty(run.config), read_json_or_empty(run.environment)
-    train = saved.get("train")
-    size = train.get("micro_batch_size") if isinstance(train, dict) else None
+    size = section(saved, "train").get("micro_batch_size")
     if config.train.fresh or not isinstance(size, int):
         return None, False
     machine = _machine(dist)

@@ -75,9 +75,10 @@ def inspect_data_and_disk(config: RunConfig) -> DataAndDisk:
     elif corpus := CORPORA.get(data.source.partition(":")[0]):
         tokens, source = parse_count(corpus.tokens) if " " not in corpus.tokens else None, data.source
         downloads = int(corpus.download_gb * 1e9)
-        if data.target_tokens and tokens and data.keep_downloads:
+        if not data.keep_downloads:
+            downloads = min(downloads, IN_FLIGHT_BYTES)
+        elif data.target_tokens and tokens:
             downloads = int(downloads * min(data.target_tokens / tokens, 1))
-        downloads = downloads if data.keep_downloads else min(downloads, IN_FLIGHT_BYTES)
     elif data.source.startswith(("hub:", "datasets:")):
         downloads, tokens, source = IN_FLIGHT_BYTES, None, data.source
     else:

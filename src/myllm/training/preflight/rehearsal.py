@@ -117,12 +117,12 @@ def _inspect(config: RunConfig, dist: DistContext) -> tuple[DataAndDisk, int, in
 
 def _rehearse(result: PreflightResult, tokenizer: Tokenizer, say: Say) -> PreflightResult:
     config, dist, limit_bytes = result.config, result.dist, result.limit_bytes
-    size = batch_plan(config, dist.world_size).micro_batch_size
+    batch = batch_plan(config, dist.world_size)
+    size, short = batch.micro_batch_size, batch.with_max_accum_steps(MEMORY_ACCUM_STEPS)
     with scratch_folder(dist) as folder:
         dataset = random_dataset(config, folder, tokenizer, dist)
-        check_data(config, dataset, batch_plan(config, dist.world_size))
+        check_data(config, dataset, batch)
         ctx = RunContext.create(config, dist, RunPaths(folder / "run"), log=lambda line: None)
-        short = batch_plan(config, dist.world_size).with_max_accum_steps(MEMORY_ACCUM_STEPS)
 
         def measure() -> Measurements:
             with build(ctx, dataset, short) as (trainer, _):
@@ -136,9 +136,8 @@ def _rehearse(result: PreflightResult, tokenizer: Tokenizer, say: Say) -> Prefli
         except OutOfMemory:
             pass
         say(f"out of memory with train.micro_batch_size {size}; looking for one that fits")
-        smaller = [
-            candidate for candidate in candidate_sizes(config, dist.world_size, dist.device.type) if candidate < size
-        ]
+        candidates = candidate_sizes(config, dist.world_size, dist.device.type)
+        smaller = [candidate for candidate in candidates if candidate < size]
         fitting = largest_that_fits(smaller, memory_probe(config, dataset, dist, limit_bytes), limit_bytes)
         return replace(result, out_of_memory=True, fitting_size=fitting)
 
