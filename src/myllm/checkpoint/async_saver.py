@@ -24,7 +24,7 @@ from myllm.optim.optimizer import ScheduledOptimizer
 from myllm.optim.ranks import local
 from myllm.paths import RunPaths
 
-from .dcp import copy_to_host, flatten_moments, rank_tensors, strip_wrapper_prefixes
+from .dcp import copy_to_host, flatten_moments, rank_tensors
 from .format import Snapshot, write_checkpoint
 from .layout import OPTIMIZER, WEIGHTS
 from .retention import RetentionPolicy, check_space_for_run, check_space_for_save
@@ -90,9 +90,8 @@ class AsyncSaver:
         """
         self.wait()
         started = time.monotonic()
-        moments = strip_wrapper_prefixes(flatten_moments(self._optimizer.state_dict()).items())
-        weights = strip_wrapper_prefixes(self._model.state_dict().items())
-        tensors = {(WEIGHTS, name): tensor for name, tensor in weights.items()}
+        moments = flatten_moments(self._optimizer.state_dict())
+        tensors = {(WEIGHTS, name): tensor for name, tensor in self._model.state_dict().items()}
         tensors |= {(OPTIMIZER, name): tensor for name, tensor in moments.items()}
         own = rank_tensors(tensors, self._dist.rank, self._dist.world_size)
         _check_finite(own, state.step)

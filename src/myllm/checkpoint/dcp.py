@@ -8,7 +8,7 @@ Source: torch/distributed/checkpoint, _save_state_dict and _load_state_dict.
 import dataclasses
 import enum
 import pickle
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -99,7 +99,7 @@ def read_weights(folder: Path, model: nn.Module) -> None:
     Raises:
         UserError: the checkpoint is of another model.
     """
-    read_into(folder / WEIGHTS, strip_wrapper_prefixes(model.state_dict().items()))
+    read_into(folder / WEIGHTS, model.state_dict())
 
 
 def read_moments(folder: Path, optimizer: ScheduledOptimizer) -> None:
@@ -109,7 +109,7 @@ def read_moments(folder: Path, optimizer: ScheduledOptimizer) -> None:
         UserError: the checkpoint is of another model or optimizer.
     """
     blank = optimizer.zero_state()
-    read_into(folder / OPTIMIZER, strip_wrapper_prefixes(flatten_moments(blank).items()))
+    read_into(folder / OPTIMIZER, flatten_moments(blank))
     optimizer.load_state_dict(blank)
 
 
@@ -160,12 +160,6 @@ def copy_to_host(tensors: dict[K, Tensor], buffers: dict[K, Tensor]) -> dict[K, 
     if any(tensor.is_cuda for tensor in tensors.values()):
         torch.cuda.synchronize()
     return copies
-
-
-def strip_wrapper_prefixes(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """Tensors by the model's own names, without the prefixes of torch.compile, DDP and activation checkpointing."""
-    wrappers = {"module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
-    return {".".join(part for part in name.split(".") if part not in wrappers): tensor for name, tensor in tensors}
 
 
 def flatten_moments(moments: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from myllm.checkpoint.dcp import strip_wrapper_prefixes
 from myllm.config import ModelConfig
 from myllm.data.sources.hub_listing import first_line
 from myllm.data.tokenizer.load import load_tokenizer
@@ -92,7 +91,8 @@ def _tensors(file: Path, state: Any) -> dict[str, Tensor]:
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state.items()
     ):
         raise UserError(f"model_state_dict of {file} is not a dict of tensors by name")
-    return strip_wrapper_prefixes(state.items())
+    wrappers = {"module", "_orig_mod"}  # of DDP and torch.compile
+    return {".".join(part for part in name.split(".") if part not in wrappers): state[name] for name in state}
 
 
 def _model_config(file: Path, hparams: Any, tensors: dict[str, Tensor]) -> ModelConfig:

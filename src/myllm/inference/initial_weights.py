@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from myllm.checkpoint.dcp import read_moments, read_weights, strip_wrapper_prefixes, tensor_names
+from myllm.checkpoint.dcp import read_moments, read_weights, tensor_names
 from myllm.checkpoint.integrity import raise_if_damaged
 from myllm.checkpoint.layout import OPTIMIZER, list_checkpoints
 from myllm.config import ModelConfig, RunConfig, load_config
@@ -149,7 +149,7 @@ def load_initial_weights(
     else:
         weights = read_external_model(source.folder).weights
         with torch.no_grad():
-            for name, tensor in strip_wrapper_prefixes(model.state_dict().items()).items():
+            for name, tensor in model.state_dict().items():
                 tensor.copy_(shard_like(weights[name], tensor))
     if config.init.keep_optimizer:
         _load_moments(source, config, optimizer)

@@ -59,8 +59,8 @@ def describe_length(config: RunConfig, train_tokens: int, exact: bool = True) ->
         f"{tokens:,} tokens in {config.train.max_steps:,} steps: {about}{epochs:,.2f} epochs of {about}"
         f"{train_tokens:,} training tokens"
     ]
-    usual = resolve_max_steps(replace(config, train=replace(config.train, epochs=USUAL_EPOCHS)), train_tokens)
     if epochs > 1.05 * USUAL_EPOCHS:
+        usual = resolve_max_steps(replace(config, train=replace(config.train, epochs=USUAL_EPOCHS)), train_tokens)
         remedy = f"set --train.epochs {USUAL_EPOCHS:g} ({usual.train.max_steps:,} steps)"
         if usual.train.max_steps >= config.train.max_steps:  # a single step reads the text that often
             remedy = "lower train.batch_tokens"

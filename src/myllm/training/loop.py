@@ -164,20 +164,13 @@ def evaluate(trainer: Trainer, services: Services, progress: Progress, last_step
     due = due_evals(progress, last_step)
     if not due:
         return True
-    early_stop_on = trainer.ctx.config.train.early_stop_on
+    ctx, model, early_stop_on = trainer.ctx, trainer.eval_model, trainer.ctx.config.train.early_stop_on
     counted = f"validation/{early_stop_on}" if early_stop_on else "validation"
-    with (
-        services.doing("evaluating"),
-        services.gc.automatic(),
-        full_params(trainer.model, trainer.eval_model),
-    ):
+    with services.doing("evaluating"), services.gc.automatic(), full_params(trainer.model, model):
         try:
             for evaluation in due:
                 with services.evaluating(evaluation.name):
-                    rows = run_eval(
-                        evaluation, trainer.ctx, progress.state, trainer.eval_model, services.reference,
-                        services.eval_vote,
-                    )  # fmt: skip
+                    rows = run_eval(evaluation, ctx, progress.state, model, services.reference, services.eval_vote)
                 if counted in rows:
                     count_validation(trainer, services, progress, rows[counted]["loss"])
         except EvalInterrupted:

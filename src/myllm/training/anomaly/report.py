@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from myllm.checkpoint.dcp import copy_to_host, flatten_moments, rank_tensors, strip_wrapper_prefixes
+from myllm.checkpoint.dcp import copy_to_host, flatten_moments, rank_tensors
 from myllm.checkpoint.format import Snapshot, write_checkpoint
 from myllm.checkpoint.rng import set_rng_state
 from myllm.checkpoint.state import TrainState
@@ -124,8 +124,7 @@ def _write_checkpoint(
     ctx = trainer.ctx
     tokens_seen = state.tokens_seen - (state.step - bad.step + 1) * trainer.batch.batch_tokens
     before = TrainState(bad.step - 1, tokens_seen, bad.data, state.early_stop)
-    moments = flatten_moments(trainer.optimizer.state_dict())
-    tensors = [strip_wrapper_prefixes(named.items()) for named in (trainer.model.state_dict(), moments)]
+    tensors = trainer.model.state_dict(), flatten_moments(trainer.optimizer.state_dict())
     try:
         weights, optimizer = (
             copy_to_host(rank_tensors(named, ctx.dist.rank, ctx.dist.world_size), {}) for named in tensors
