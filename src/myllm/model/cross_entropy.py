@@ -65,8 +65,9 @@ def token_ranks(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int
     for rows, log_probs in _log_probs_in_chunks(hidden, weight, targets, vocab_size):
         of_targets = log_probs.gather(1, targets[rows].unsqueeze(1))  # (C, 1)
         scores[rows] = of_targets.squeeze(1)
-        ranks[rows] = (log_probs > of_targets).sum(dim=-1)
         confidence[rows] = log_probs.amax(dim=-1).exp()
+        # In place: a sum of booleans would first copy them into 64-bit numbers. In float32 it is exact up to 2**24.
+        ranks[rows] = log_probs.gt_(of_targets).sum(dim=-1).long()
     return scores, ranks, confidence
 
 
