@@ -154,7 +154,9 @@ def finish(
     from myllm.errors import exit_code
     from myllm.runs.run_dir import next_steps
 
-    if outcome.stopped_by is None or outcome.run.metrics.is_file():  # without a training step there is nothing to draw
+    # Without a training step there is nothing to draw. Of many trials few are looked at one by one.
+    trained = outcome.stopped_by is None or outcome.run.metrics.is_file()
+    if trained and not outcome.run.trial.is_file():
         draw_report(outcome.run)
     if outcome.stopped_by is not None:
         print(f"stopped after step {outcome.step:,}{', saved' if outcome.step else ''}; the same command resumes")

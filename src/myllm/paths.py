@@ -121,6 +121,8 @@ class RunPaths:
     """Anomaly dumps: training steps that diverged, each with everything needed to replay it."""
     imported = _Below("imported.json")
     """The origin of the weights, if the run began with imported ones."""
+    trial = _Below("trial.json")
+    """The config of a run that `myllm tune`, `ladder` or `prove-resume` started: it draws no report at its end."""
     heartbeat = _Below("heartbeat.json")
     stacks = _Below("stacks")
     """Stack traces of all ranks, if one of them stopped responding."""

@@ -148,11 +148,11 @@ def finished(config: RunConfig) -> TrialResult | None:
         UserError: the run of this name is no trial, or one with other settings.
     """
     run = RunPaths.of(config.name)
-    if not _trial_file(run).is_file():
+    if not run.trial.is_file():
         if run.metrics.is_file():
             raise UserError(f"the run {config.name} in {run.root} is not a trial of this command; move it away")
         return None
-    different = diff_settings(load_config(_trial_file(run), RunConfig()), config)
+    different = diff_settings(load_config(run.trial, RunConfig()), config)
     if different:
         changes = bullets(f"{name}: {old} -> {new}" for name, (old, new) in different.items())
         raise UserError(
@@ -202,7 +202,7 @@ class _TrialProcess:
         """Start it, or wait for the process that an earlier start of this command left behind."""
         self.config, self.share, self.run = config, share, RunPaths.of(config.name)
         self.run.root.mkdir(parents=True, exist_ok=True)
-        write_json(_trial_file(self.run), to_dict(config))
+        write_json(self.run.trial, to_dict(config))
         self.process: subprocess.Popen[bytes] | None = None
         self._given_up, self._read_at, self._checked_tenths = _given_up_file(self.run), 0.0, 0
 
@@ -250,7 +250,7 @@ class _TrialProcess:
         threads, gpus = self.share.threads, self.share.gpus
         variables = [f"OMP_NUM_THREADS={threads}"] if threads else []
         variables += [f"CUDA_VISIBLE_DEVICES={','.join(gpus)}"] if gpus else []
-        return start_training(["--config", str(_trial_file(self.run))], self._log, len(gpus), variables)
+        return start_training(["--config", str(self.run.trial)], self._log, len(gpus), variables)
 
     def _is_hopeless(self, limit: Limit) -> bool:
         """True if the training loss is above the limit after another tenth of the steps, in the second half."""
@@ -314,10 +314,6 @@ def recent_loss(run: RunPaths, step: int | None = None) -> tuple[int, float]:
     newest = rows[-max(len(rows) // 10, 1) :]
     losses = [as_float(row.get("loss")) for row in newest]
     return (rows[-1]["step"], sum(losses) / len(losses)) if rows else (0, math.nan)
-
-
-def _trial_file(run: RunPaths) -> Path:
-    return run.root / "trial.json"
 
 
 def _given_up_file(run: RunPaths) -> Path:

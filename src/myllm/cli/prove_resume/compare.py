@@ -23,6 +23,7 @@ from myllm.distributed.device_info import cuda_device_count
 from myllm.distributed.precision import compute_dtype, dtype_name
 from myllm.files import write_json
 from myllm.formatting import format_table
+from myllm.paths import RunPaths
 
 from .training_process import RunFailed, TrainingProcess, logged_step, train_rows
 
@@ -86,7 +87,6 @@ class Prover:
         trials += [Trial(f"1 rank, {ranks} ranks, 1 rank", (1, ranks, 1)) for ranks in sizes[1:]]
         if len(sizes) == 1:
             self.log(f"not tested with {MORE_RANKS} ranks: that needs as many GPUs, or --train.device cpu")
-        write_json(self.folder / "config.json", to_dict(self.config))
         reference = self.run_trial(REFERENCE)
         if reference.errors:
             raise RunFailed(f"the uninterrupted run failed: {reference.errors[0]}")
@@ -104,12 +104,14 @@ class Prover:
 
     def run_trial(self, trial: Trial) -> Result:
         """Run all starts of a trial. Each but the last is killed at a random step and moment."""
-        result, steps = Result(trial), self.config.train.max_steps
+        result, steps, run = Result(trial), self.config.train.max_steps, RunPaths(self.folder / "runs" / trial.folder)
+        run.root.mkdir(parents=True)
+        write_json(run.trial, to_dict(self.config))
         kill_steps = sorted(self.rng.sample(range(1, steps), len(trial.ranks) - 1))
         for ranks, kill_step in zip(trial.ranks, [*kill_steps, None], strict=True):
             until = "to the end" if kill_step is None else f"killed after step {kill_step}"
             self.log(f"{trial.name}: {until}, on {ranks} rank{'s' * (ranks != 1)}")
-            training = TrainingProcess.start(self.folder / "config.json", trial.folder, self.folder, ranks)
+            training = TrainingProcess.start(run.trial, trial.folder, self.folder, ranks)
             try:
                 if kill_step is not None and training.wait_for_step(kill_step):
                     time.sleep(self.rng.uniform(0, 0.2))  # in the middle of a step or a save
