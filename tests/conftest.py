@@ -112,20 +112,30 @@ def temp_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "temp_data"
 
 
+def prepare_in(folder: Path, config: RunConfig) -> Path:
+    """Make this temp_data/ with the data set of a run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MYLLM_DATA", str(folder))
+        prepare(config.data, progress=False)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def prepared_corpus(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A temp_data/ with the data set of `tiny`, prepared once in each process that runs tests."""
-    folder = tmp_path_factory.mktemp("prepared")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MYLLM_DATA", str(folder))
-        prepare(tiny_config(corpus).data, progress=False)
-    return folder
+    return prepare_in(tmp_path_factory.mktemp("prepared"), tiny_config(corpus))
+
+
+@pytest.fixture(scope="session")
+def prepared_small_vocabulary(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `prepared_corpus`, of `small`."""
+    return prepare_in(tmp_path_factory.mktemp("small"), with_small_vocabulary(tiny_config(corpus)))
 
 
 @pytest.fixture
 def prepared_data(prepared_corpus: Path, temp_data: Path) -> None:
     """The test's temp_data/ has the data set of `tiny` already."""
-    shutil.copytree(prepared_corpus, temp_data)
+    shutil.copytree(prepared_corpus, temp_data, dirs_exist_ok=True)
 
 
 @pytest.fixture
@@ -139,6 +149,13 @@ def one_rank() -> Iterator[None]:
 @pytest.fixture
 def tiny(corpus: Path, temp_data: Path) -> RunConfig:
     return tiny_config(corpus)
+
+
+@pytest.fixture
+def small(corpus: Path, prepared_small_vocabulary: Path, temp_data: Path) -> RunConfig:
+    """`tiny` with a small vocabulary, for runs of many steps or starts; its data are prepared."""
+    shutil.copytree(prepared_small_vocabulary, temp_data, dirs_exist_ok=True)
+    return with_small_vocabulary(tiny_config(corpus))
 
 
 def tiny_config(corpus: Path) -> RunConfig:
@@ -165,14 +182,23 @@ def with_train(config: RunConfig, **changes: object) -> RunConfig:
     return replace(config, train=replace(config.train, **changes))
 
 
+def with_small_vocabulary(config: RunConfig) -> RunConfig:
+    """With 300 tokens, learned from the run's own text: GPT-2's 50,257 logits are half of a tiny run."""
+    model, data = replace(config.model, vocab_size=300), replace(config.data, tokenizer="train:300")
+    return replace(config, model=model, data=data)
+
+
 def write_run_config(config: RunConfig, path: Path) -> Path:
     path.write_text(json.dumps(to_dict(config)), encoding="utf-8")
     return path
 
 
-def launch(*words: str | Path, ranks: int = 1, timeout: float = 240) -> subprocess.CompletedProcess[str]:
-    """Run pretrain.py as a user would, alone or on several ranks."""
-    return warm_start.run(ROOT / "pretrain.py", *words, ranks=ranks if ranks > 1 else None, timeout=timeout)
+def launch(
+    *words: str | Path, ranks: int = 1, timeout: float = 240, report: bool = False
+) -> subprocess.CompletedProcess[str]:
+    """Run pretrain.py as a user would, alone or on several ranks; but no report is drawn at the end unless told."""
+    program, ranks_or_none = ROOT / "pretrain.py", ranks if ranks > 1 else None
+    return warm_start.run(program, *words, ranks=ranks_or_none, timeout=timeout, report=report)
 
 
 def command(*words: str | Path, ranks: int = 1) -> list[str]:

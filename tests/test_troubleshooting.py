@@ -22,6 +22,7 @@ from support import warm_start
 from support.processes import with_words
 from test_scripts import Machine
 
+from myllm.config import RunConfig
 from myllm.distributed.device_info import cuda_problem
 from myllm.runs.heartbeat import status
 
@@ -154,9 +155,9 @@ def test_driver_too_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     check("NVIDIA's driver", cuda_problem() or "")
 
 
-def test_stuck_rank(corpus: Path, prepared_data: None, tmp_path: Path) -> None:
+def test_stuck_rank(small: RunConfig, tmp_path: Path) -> None:
     run = tmp_path / "temp_data/runs/tiny"
-    endless = with_train(tiny_config(corpus), max_steps=1_000_000, save_every_steps=0, collective_timeout_s=15.0)
+    endless = with_train(small, max_steps=1_000_000, save_every_steps=0, collective_timeout_s=15.0)
     config = write_run_config(endless, tmp_path / "endless.json")
     launcher = subprocess.Popen(command("--config", config, ranks=2), stderr=subprocess.PIPE, text=True)
     try:

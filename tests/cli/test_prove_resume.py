@@ -1,11 +1,10 @@
 """`myllm prove-resume`: what it takes for a proof, and what it does not."""
 
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from support import warm_start
 
 from myllm.cli import main as cli
 from myllm.cli.prove_resume.command import shrink_config
@@ -91,8 +90,7 @@ def test_invalid_arguments_rejected(
 
 @pytest.mark.slow
 def test_prove_resume_command(temp_data: Path) -> None:
-    words = [sys.executable, "-m", "myllm", "prove-resume", *TINY.split(), "--seed", "3"]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=1_000, check=False)
+    done = warm_start.run("-m", "myllm", "prove-resume", *TINY.split(), "--seed", "3", timeout=1_000)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("12 of 12 equal") == 3
     assert done.stdout.count("bitwise equal") >= 2

@@ -21,7 +21,6 @@ from myllm.errors import UserError
 from myllm.files import is_locked
 from myllm.paths import RunPaths
 
-pytestmark = pytest.mark.usefixtures("prepared_data")
 PROGRAM = """
 import sys
 from pathlib import Path
@@ -65,8 +64,8 @@ def run_trial(config: RunConfig) -> TrialResult:
 
 
 @pytest.mark.slow
-def test_trials_match_ordinary_runs(tiny: RunConfig, tmp_path: Path) -> None:
-    pair = [with_rate(tiny, 3e-3, "low"), with_rate(tiny, 6e-3, "high")]
+def test_trials_match_ordinary_runs(small: RunConfig, tmp_path: Path) -> None:
+    pair = [with_rate(small, 3e-3, "low"), with_rate(small, 6e-3, "high")]
     results = {result.name: result for result in run_trials(pair, jobs=2)}
     # An ordinary start of the same config, bit for bit.
     alone = launch("--config", write_run_config(replace(as_trial(pair[0]), name="alone"), tmp_path / "alone.json"))
@@ -84,18 +83,18 @@ def test_trials_match_ordinary_runs(tiny: RunConfig, tmp_path: Path) -> None:
     assert run_trial(pair[0]) == results["low"]
     assert RunPaths.of("low").metrics.read_bytes() == before
     with pytest.raises(UserError, match=r"(?s)low was trained with other settings.*optim.max_lr: 0.003 -> 0.01"):
-        run_trial(with_rate(tiny, 0.01, "low"))
+        run_trial(with_rate(small, 0.01, "low"))
     with pytest.raises(UserError, match=r"alone .* is not a trial"):
-        run_trial(replace(tiny, name="alone"))
+        run_trial(replace(small, name="alone"))
 
 
-def test_diverged_trial_returns_but_broken_trial_raises(tiny: RunConfig) -> None:
-    diverged = run_trial(with_rate(tiny, 1e30, "diverged"))
+def test_diverged_trial_returns_but_broken_trial_raises(small: RunConfig) -> None:
+    diverged = run_trial(with_rate(small, 1e30, "diverged"))
     assert math.isinf(diverged.loss)
     started = RunPaths.of("diverged").metrics.stat().st_mtime_ns
-    assert run_trial(with_rate(tiny, 1e30, "diverged")) == diverged
+    assert run_trial(with_rate(small, 1e30, "diverged")) == diverged
     assert RunPaths.of("diverged").metrics.stat().st_mtime_ns == started
-    broken = replace(tiny, name="broken", data=replace(tiny.data, dataset="absent"))
+    broken = replace(small, name="broken", data=replace(small.data, dataset="absent"))
     with pytest.raises(UserError, match=r"(?s)broken ended with exit code 2:.*absent.*trial\.log"):
         run_trial(broken)
 
@@ -114,8 +113,8 @@ def test_machine_shares(monkeypatch: pytest.MonkeyPatch) -> None:
         machine_shares("auto", 5)
 
 
-def test_process_left_behind_may_end_after_it_refused_another(tiny: RunConfig) -> None:
-    config = as_trial(tiny)
+def test_process_left_behind_may_end_after_it_refused_another(small: RunConfig) -> None:
+    config = as_trial(small)
     run = write_run(RunPaths.of("tiny").root, [train_row(12), validation_row(12, 3.0)])
     run.heartbeat.write_text(json.dumps({"exit_code": 0}))
     trial = trials._TrialProcess(config, Share())
@@ -126,10 +125,10 @@ def test_process_left_behind_may_end_after_it_refused_another(tiny: RunConfig) -
 
 
 @pytest.mark.slow
-def test_hopeless_trial_stopped_early(tiny: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hopeless_trial_stopped_early(small: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     slow_checkout(tmp_path, after=100)
     monkeypatch.setattr(trials, "project_root", lambda: tmp_path)
-    config = with_train(tiny, max_steps=200)
+    config = with_train(small, max_steps=200)
     (result,) = run_trials([config], limit=lambda config, step: 0.1)
     assert math.isinf(result.loss)
     assert 100 <= result.tokens / 128 < 200
@@ -138,8 +137,8 @@ def test_hopeless_trial_stopped_early(tiny: RunConfig, tmp_path: Path, monkeypat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_restart_continues_interrupted_trial(number: int, tiny: RunConfig, tmp_path: Path) -> None:
-    config = with_train(tiny, max_steps=200)
+def test_restart_continues_interrupted_trial(number: int, small: RunConfig, tmp_path: Path) -> None:
+    config = with_train(small, max_steps=200)
     file, run = write_run_config(config, tmp_path / "config.json"), RunPaths.of("tiny")
     words, slow = [sys.executable, "-c", PROGRAM, str(file), str(tmp_path)], slow_checkout(tmp_path, after=50)
     process = subprocess.Popen(words)

@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import ROOT, losses, write_corpus, write_run_config
+from support import warm_start
 from support.processes import with_words
 
 from myllm.checkpoint.format import load_checkpoint
@@ -29,17 +30,19 @@ from myllm.data.prepare.prepare import prepare
 from myllm.data.prepare.spec import make_spec
 from myllm.errors import PrintedError, UserError
 
-# pretrain.py with windows of 8 sequences and items of two files. A worker takes up an item only once the number in
-# the file `gate` is larger than the item's, if there is such a file. All but the end runs in spawned processes too.
+# pretrain.py without its report, with windows of 8 sequences and items of two files. A worker takes up an item only
+# once the number in the file `gate` is larger than the item's, if there is such a file. All but the end runs in spawned
+# processes too.
 DRIVER = f"""
 import os, sys, time
 from pathlib import Path
 sys.path.insert(0, {str(ROOT)!r})
 import pretrain
+pretrain.draw_report = lambda run: None
 from myllm.data import sampler
 from myllm.data.prepare import scheduler, work_items
 sampler.WINDOW_TOKENS, work_items.SMALL_BYTES = 8 * 64, 3_000
-gate, tokenize = Path(os.environ["GATE"]), work_items.tokenize_item
+gate, tokenize = Path(__file__).with_name("gate"), work_items.tokenize_item
 def tokenize_item(item, paths, source, config, out, stop):
     while gate.exists() and int(gate.read_text() or 0) <= int(out.stem):
         time.sleep(0.02)
@@ -59,20 +62,17 @@ class Runs:
 
     def __init__(self, folder: Path, config: RunConfig) -> None:
         self.folder, self.config, self.run = folder, config, folder / "temp_data/runs" / config.name
-        self._gate = folder / "gate"
-        (folder / "driver.py").write_text(DRIVER)
-        write_run_config(config, folder / "run.json")
+        self.driver, self.config_file, self._gate = folder / "driver.py", folder / "run.json", folder / "gate"
+        self.driver.write_text(DRIVER)
+        write_run_config(config, self.config_file)
         self._started: list[subprocess.Popen[str]] = []
 
     def start(self, ranks: int = 1, *words: str, delay_s: float = 0) -> subprocess.Popen[str]:
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
-        environment = os.environ | {
-            "MYLLM_DATA": str(self.folder / "temp_data"), "GATE": str(self._gate), "START_DELAY_S": str(delay_s)
-        }  # fmt: skip
-        driver, config = self.folder / "driver.py", self.folder / "run.json"
         process = subprocess.Popen(
-            [sys.executable, *torchrun, str(driver), "--config", str(config), *words],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+            [sys.executable, *torchrun, str(self.driver), "--config", str(self.config_file), *words],
+            env=os.environ | {"START_DELAY_S": str(delay_s)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True, start_new_session=True,
         )  # fmt: skip
         self._started.append(process)
         return process
@@ -141,9 +141,10 @@ def runs(tiny: RunConfig, tmp_path: Path) -> Iterator[Runs]:
 
 def expect_losses_of_finished_data(runs: Runs, ranks: int) -> None:
     """The same run once more, from its first step, on the data set that is whole by now."""
-    code, output = finish(runs.start(ranks, "--name", "whole"))
-    assert code == 0, output
-    assert "preparation continues" not in output
+    words = ("--config", runs.config_file, "--name", "whole")
+    done = warm_start.run(runs.driver, *words, ranks=ranks if ranks > 1 else None)
+    assert done.returncode == 0, done.stderr
+    assert "preparation continues" not in done.stdout
     assert losses(runs.run) == losses(runs.run.with_name("whole"))
     assert len(losses(runs.run)) == STEPS
     [folder] = [path for path in (runs.folder / "temp_data/datasets").iterdir() if path.is_dir()]

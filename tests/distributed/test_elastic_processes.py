@@ -16,7 +16,6 @@ from support.paused_training import PROGRAM, Pause, variables
 from support.processes import with_words
 
 from myllm.config import RunConfig
-from myllm.data.prepare.prepare import prepare
 
 pytestmark = pytest.mark.slow  # real processes, half a minute and more in all
 
@@ -68,13 +67,12 @@ def started(tmp_path: Path) -> Iterator[Callable[..., Started]]:
 
 
 def test_killed_rank_restarts(
-    tiny: RunConfig, tmp_path: Path, temp_data: Path, started: Callable[..., Started]
+    small: RunConfig, tmp_path: Path, temp_data: Path, started: Callable[..., Started]
 ) -> None:
     """SIGKILL of one rank, and another run whose launcher gets SIGTERM and that the same command takes up: the same
     losses to the last bit. What --train.fresh moves aside, it moves aside once."""
-    evals = replace(tiny.eval, cloze_every_steps=0, sample_every_steps=0, validation_every_steps=0)
-    config = replace(with_train(tiny, max_steps=30, save_every_steps=5, batch_tokens=256), eval=evals)
-    prepare(config.data, progress=False)
+    evals = replace(small.eval, cloze_every_steps=0, sample_every_steps=0, validation_every_steps=0)
+    config = replace(with_train(small, max_steps=30, save_every_steps=5, batch_tokens=256), eval=evals)
     path = write_run_config(config, tmp_path / "config.json")
     run = temp_data / "runs/tiny"
     run.mkdir(parents=True)

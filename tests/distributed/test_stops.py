@@ -22,11 +22,12 @@ from myllm.runs.heartbeat import status
 
 pytestmark = pytest.mark.slow  # real processes, half a minute and more in all
 
-# pretrain.py; the second rank of the run "asleep" sleeps before step 6.
+# pretrain.py without its report; the second rank of the run "asleep" sleeps before step 6.
 DRIVER = f"""
 import os, sys, time
 sys.path.insert(0, {str(ROOT)!r})
 import pretrain
+pretrain.draw_report = lambda run: None
 from myllm.training import loop as train
 step = train.train_step
 def sleepy(trainer, number, *phase):
@@ -99,16 +100,18 @@ def left(patience_s: float = 120) -> list[psutil.Process]:
 
 
 @pytest.fixture
-def config(tiny: RunConfig) -> Iterator[RunConfig]:
-    evals = replace(tiny.eval, cloze_every_steps=0, sample_every_steps=0, validation_every_steps=0)
-    yield replace(with_train(tiny, max_steps=20_000, save_every_steps=1_000), eval=evals)
+def config(small: RunConfig) -> Iterator[RunConfig]:
+    evals = replace(small.eval, cloze_every_steps=0, sample_every_steps=0, validation_every_steps=0)
+    yield replace(with_train(small, max_steps=20_000, save_every_steps=1_000), eval=evals)
     for process in left(0):
         process.kill()
 
 
 def test_stopped_run_not_restarted(config: RunConfig, tmp_path: Path) -> None:
     """--max-restarts is for faults. In an evaluation on rank 0 alone one rank hears a signal; later torchrun does."""
-    endless = replace(config.eval, sample_every_steps=10_000, sample_new_tokens=10**8)
+    # Many prompts: so small a vocabulary soon comes to the end of a text.
+    prompts = ("the river",) * 10_000
+    endless = replace(config.eval, sample_every_steps=10_000, sample_new_tokens=10**8, sample_prompts=prompts)
     options = ("--max-restarts=2", ALL_SIGNALS)
     first = Launched(tmp_path, replace(config, eval=endless), *options)
     first.wait_until(lambda: first.beat()["doing"] == "evaluating")

@@ -1,4 +1,5 @@
 """pretrain.py that waits after a step, so that a test which acts then finds the run in its middle, however late it is.
+It draws no report.
 
 The command line is pretrain.py's; where to wait is in the environment, which a launcher hands on to its ranks.
 """
@@ -62,5 +63,6 @@ if __name__ == "__main__":
     import pretrain
 
     places = json.loads(os.environ.get(VARIABLE, "{}"))
+    pretrain.draw_report = lambda run: None
     patch_training({int(step): Pause(int(step), Path(folder)) for step, folder in places.items()})
     pretrain.main()

@@ -29,6 +29,7 @@ IMPORTED = (
     "pretrain",
     "myllm.cli.main",
     "myllm.cli.launch",
+    "myllm.cli.trials",
     "myllm.data.prepare.background",
     "myllm.runs.report.html",
     "myllm.training.loop",
@@ -36,12 +37,14 @@ IMPORTED = (
 ENVIRONMENT = dict(os.environ)
 """That of a worker, not of a test: tests import this module as they are collected."""
 MAY_DIFFER = {"MYLLM_DATA", "PYTEST_CURRENT_TEST", "COLUMNS", "LINES", "MPLBACKEND", "PYTORCH_ALLOC_CONF"}
-"""Variables that nothing reads on import, and those that every command sets for itself."""
+MAY_DIFFER |= {"KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK"}
+"""Variables that nothing reads on import, those that every command sets for itself, and those that scikit-learn, which
+transformers imports into pytest's process, sets for another OpenMP than torch's."""
 
 
 def run(
     *words: str | Path, ranks: int | None = None, env: dict[str, str] | None = None, cwd: str | Path | None = None,
-    stdin: str = "", timeout: float = 240,
+    stdin: str = "", timeout: float = 240, report: bool = False,
 ) -> subprocess.CompletedProcess[str]:  # fmt: skip
     """As `subprocess.run` of this Python with these words and captured text.
 
@@ -49,6 +52,7 @@ def run(
         words: `-m myllm ...` or `.../pretrain.py ...`.
         ranks: processes with the variables that torchrun gives its ranks. Once one fails the others are told to end.
             None: one process without them.
+        report: let pretrain.py draw one. It takes longer than all else in a tiny run, and has its own tests.
     """
     words = tuple(map(str, words))
     env = dict(os.environ if env is None else env)
@@ -60,6 +64,7 @@ def run(
             timeout=timeout, check=False,
         )  # fmt: skip
     request = {"words": words, "ranks": ranks, "env": env, "cwd": str(cwd or os.getcwd()), "timeout": timeout}
+    request["report"] = report
     return _warm_process().run(request, stdin)
 
 
@@ -140,6 +145,21 @@ def _send(number: signal.Signals, children: set[int]) -> None:
         os.kill(child, number)
 
 
+def fork_trainings() -> None:
+    """Let a command fork the runs that it starts."""
+    from support import forked_training
+
+    from myllm.cli import trials
+
+    trials.start_training = forked_training.start_training
+
+
+def draw_no_reports() -> None:
+    from myllm.runs.report import html
+
+    html.write_report = lambda run: None
+
+
 def run_program(program: str, *words: str, cwd: str) -> None:
     if program == "-m":
         sys.argv, sys.path[0] = list(words), cwd
@@ -160,6 +180,10 @@ def become(request: dict[str, Any]) -> int:
     os.environ.clear()
     os.environ.update(request["env"])
     os.chdir(request["cwd"])
+    if request["words"][0] == "-m":
+        fork_trainings()
+    elif not request["report"]:
+        draw_no_reports()
     code = exit_code(lambda: run_program(*request["words"], cwd=request["cwd"]))
     for thread in threading.enumerate():
         if thread is not threading.main_thread() and not thread.daemon:
@@ -174,6 +198,12 @@ if __name__ == "__main__":
     sys.path[1:1] = map(str, PATH)
     for name in IMPORTED:
         import_module(name)
+    from myllm.cli.launch import parse_args
+    from myllm.data.tokenizer.load import load_tokenizer
+
+    parse_args(["debug"])  # compiles many regular expressions
+    load_tokenizer().token_bytes()
+    gc.collect()
     gc.freeze()  # a collection in a fork would copy every page
     if request := serve():
         code = 70

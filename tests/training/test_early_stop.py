@@ -283,7 +283,7 @@ def test_killed_run_stops_at_same_step(plateau: RunConfig, whole: Path, tmp_path
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=DEADLINE_S)
     assert process.returncode == -signal.SIGKILL
-    done = launch("--config", path)
+    done = launch("--config", path, report=True)
     assert done.returncode == 0, done.stderr
     same(whole, root)
     assert done.stdout.count(f"stopped early after step {expected_end(whole)[0]} of 60") == 1

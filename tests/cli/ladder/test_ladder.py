@@ -13,7 +13,7 @@ import pytest
 from conftest import write_corpora
 from support import warm_start
 
-from myllm.config import DataConfig
+from myllm.config import DataConfig, RunConfig
 from myllm.data.prepare.prepare import prepare
 
 RECIPES = ["lf-llm-269m", "lf-llm-269m-adamw"]
@@ -37,7 +37,7 @@ def endings(temp_data: Path) -> dict[str, float]:
 
 
 @pytest.mark.slow
-def test_killed_ladder_resumes_and_grows(prepared_data: None, temp_data: Path) -> None:
+def test_killed_ladder_resumes_and_grows(small: RunConfig, temp_data: Path) -> None:
     plan = run("--seeds", "1", "--budget", "--rates", "own")
     assert "2 recipes x 2 widths x 1 lengths x 1 paired seed(s) = 4 runs" in plan
     assert "4 of 4 runs are left" in plan

@@ -18,7 +18,7 @@ from myllm.config import CheckpointConfig, RunConfig
 
 @pytest.mark.slow
 def test_resume_elsewhere_after_kill_during_mirroring(
-    tiny: RunConfig, prepared_data: None, tmp_path: Path, temp_data: Path, monkeypatch: pytest.MonkeyPatch
+    small: RunConfig, tmp_path: Path, temp_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """SIGKILL for every process, with half a checkpoint in the mirror: elsewhere the run goes on from the one before,
     bit for bit as if nothing had happened."""
@@ -33,7 +33,7 @@ def test_resume_elsewhere_after_kill_during_mirroring(
         return held
 
     s3.hold = hold
-    level = replace(tiny, optim=replace(tiny.optim, schedule="wsd", decay_fraction=0.001))
+    level = replace(small, optim=replace(small.optim, schedule="wsd", decay_fraction=0.001))
     endless = with_train(level, parallel="fsdp", max_steps=10_000, save_every_steps=20, keep_last=0)
     no_evals = replace(endless.eval, validation_every_steps=0, cloze_every_steps=0, sample_every_steps=0)
     endless = replace(endless, eval=no_evals, checkpoint=CheckpointConfig("s3://bucket"))
