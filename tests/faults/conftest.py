@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import tiny_config, with_train, write_run_config
+from conftest import tiny_config, with_small_vocabulary, with_train, write_run_config
 from support.fault_runs import Forks, Goes, Record, assert_tidy, record, run_of
 
 from myllm.config import RunConfig
@@ -24,8 +24,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def config(corpus: Path, place: Path) -> RunConfig:
-    """Eight steps with a save every two: dropout, validation and all."""
-    base = with_train(tiny_config(corpus), max_steps=8, save_every_steps=2, keep_last=2)
+    """Eight steps with a save every two: dropout, validation and all. A rank's share of a save has 0.4 MB."""
+    base = with_train(with_small_vocabulary(tiny_config(corpus)), max_steps=8, save_every_steps=2, keep_last=2)
+    # Few shards, so that the run reads from each of them.
+    base = replace(base, model=replace(base.model, d_model=64), data=replace(base.data, shard_tokens=24_000))
     # Some tests begin with fewer steps, of which a warm-up takes at most a quarter.
     base = replace(base, optim=replace(base.optim, warmup_steps=1, min_lr_ratio=1.0))
     return replace(base, eval=replace(base.eval, validation_every_steps=4, cloze_every_steps=0, sample_every_steps=0))

@@ -8,6 +8,7 @@ As torchrun does, it tells the other rank to end once one has failed, or kills i
 `myllm.distributed.elastic` it answers with the code of the first that failed, or the one that a requested stop leaves.
 """
 
+import gc
 import json
 import os
 import resource
@@ -245,6 +246,8 @@ def main() -> None:
     sys.path[:0] = [str(ROOT), str(ROOT / "src"), str(ROOT / "tests")]
     for name in EARLY:
         import_module(name)
+    gc.collect()
+    gc.freeze()  # a collection in a fork would copy every page
     for line in sys.stdin:
         print(answer(json.loads(line)), flush=True)
 

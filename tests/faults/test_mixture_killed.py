@@ -5,10 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import tiny_config, with_train, write_corpora, write_run_config
+from conftest import launch, tiny_config, with_train, write_corpora, write_run_config
 from support.fault_runs import receipts
 
 from myllm.cli.prove_resume.training_process import TrainingProcess
+from myllm.paths import RunPaths
 
 pytestmark = pytest.mark.slow  # real processes on two ranks
 
@@ -32,20 +33,27 @@ def config_file(place: Path) -> Path:
     return write_run_config(config, place / "mixture.json")
 
 
-def test_killed_three_times_and_moved_between_ranks(config_file: Path, place: Path) -> None:
+def finish(config_file: Path, name: str) -> dict[int, str]:
+    """The receipts of the whole run."""
+    done = launch("--config", config_file, "--name", name)
+    assert done.returncode == 0, done.stderr
+    return receipts(RunPaths.of(name))
+
+
+def test_killed_three_times_and_moved_between_ranks(
+    config_file: Path, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = place / "temp_data"
     data.mkdir()
-    whole = TrainingProcess.start(config_file, "whole", data)
-    whole.finish(STEPS)
+    monkeypatch.setenv("MYLLM_DATA", str(data))
+    whole = finish(config_file, "whole")
     for ranks, step in ((2, 7), (1, 17), (2, 27)):
         training = TrainingProcess.start(config_file, "hit", data, ranks)
         assert training.wait_for_step(step)
         training.kill()
-    training = TrainingProcess.start(config_file, "hit", data, 1)
-    training.finish(STEPS)
-    assert receipts(training.run) == receipts(whole.run)
-    assert len(set(receipts(whole.run).values())) == STEPS
-    rows = [json.loads(line) for line in training.run.metrics.read_text().splitlines()]
+    assert finish(config_file, "hit") == whole
+    assert len(set(whole.values())) == STEPS
+    rows = [json.loads(line) for line in RunPaths.of("hit").metrics.read_text().splitlines()]
     last = {row["name"]: row for row in rows if row["kind"] == "eval" and row["step"] == STEPS}
     names = ["validation/files-a", "validation/files-b", "validation/files-c"]
     assert sorted(last) == ["validation", *names]

@@ -57,8 +57,8 @@ def end(training: TrainingProcess, everybody: list[int]) -> tuple[int, int]:
 
 
 def test_two_ranks_resume_after_repeated_kills(two: Path, place: Path, start: Callable[..., TrainingProcess]) -> None:
-    whole = start("two-whole")
-    whole.finish(STEPS)
+    whole = launch("--config", two, "--name", "two-whole", ranks=2)
+    assert whole.returncode == 0, whole.stderr
     chance, training = random.Random(SEED), start("two-hit", Pause(10, place / "first"))
 
     # One rank dies: torchrun ends the other.
@@ -101,7 +101,7 @@ def test_two_ranks_resume_after_repeated_kills(two: Path, place: Path, start: Ca
 
     training = start("two-hit")
     training.finish(STEPS)
-    assert record(training.run) == record(whole.run)
+    assert record(training.run) == record(run_of(place, "two-whole"))
     assert_tidy(training.run.root)
     resume_steps = re.findall(r"resuming from .* at step (\d+)", training.run.log.read_text())
     assert [int(step) for step in resume_steps] == [step for step in resumed_from if step]  # from 0 nothing is resumed

@@ -13,40 +13,30 @@ pytestmark = pytest.mark.slow  # real processes, half a minute and more in all
 
 MOST = 200
 """Starts; a save of today has some twenty boundaries."""
+LAST_RENAME = re.compile(r"rename .*\.partial-step_(\d+)$")
 
 
 def killed(
     forks: Forks, config_file: Path, place: Path, name: str, number: int, rank: int = 0, kill_all: bool = False
 ) -> list[str] | None:
     """Start a run of which a rank dies before its call `number`; its calls until then, or None if it lived to the
-    end."""
+    end. A save counts from the moment in which rank 0 gives it its name, and not before."""
     run, events = run_of(place, name), place / "events.txt"
     before = newest_step(run.checkpoints)
     events.unlink(missing_ok=True)
     fault = {"number": number, "events": str(events)}
     ended = forks(config_file, "--name", name, on=(rank,), kill_all=kill_all, die_before=fault)
-    assert newest_step(run.checkpoints) >= before, "a save was lost"
+    calls = events.read_text().splitlines() if events.exists() else []  # the last start finds nothing to do
+    if rank == 0:
+        renames = [LAST_RENAME.match(call) for call in (calls if ended.code == 0 else calls[:-1])]
+        saves = [int(rename[1]) for rename in renames if rename]
+        assert newest_step(run.checkpoints) == max(saves, default=before), calls
+    else:
+        assert newest_step(run.checkpoints) >= before, "a save was lost"
     for folder in list_checkpoints(run.checkpoints):
         assert not list(verify_checkpoint(folder)), f"{folder} has its final name and is not whole"
     assert ended.code in (0, -9), ended.said
-    return None if ended.code == 0 else events.read_text().splitlines()
-
-
-LAST_RENAME = re.compile(r"rename .*\.partial-step_\d+$")
-
-
-def test_kill_around_save_preserves_checkpoints(forks: Forks, config_file: Path, place: Path, goes_on: Goes) -> None:
-    """Before its first call, between its files, right before the rename, right after it, and as the next one begins."""
-    calls = killed(forks, config_file, place, "around", MOST)
-    assert calls is None
-    calls = (place / "events.txt").read_text().splitlines()
-    rename = 1 + next(number for number, call in enumerate(calls) if LAST_RENAME.match(call))
-    for number, saved in ((1, 0), (3, 0), (rename - 1, 0), (rename, 0), (rename + 1, 2), (1, 2)):
-        calls = killed(forks, config_file, place, "hit", number)
-        assert len(calls) == number
-        assert newest_step(run_of(place, "hit").checkpoints) == saved
-        assert bool(LAST_RENAME.match(calls[-1])) == (number == rename)
-    goes_on("hit")
+    return None if ended.code == 0 else calls
 
 
 @pytest.mark.parametrize(("rank", "kill_all"), [(0, False), (0, True), (1, False)], ids=["first", "all", "second"])
@@ -68,11 +58,12 @@ def test_kill_at_every_save_boundary(
 
 
 def test_full_disk_preserves_last_checkpoint(forks: Forks, config_file: Path, place: Path, goes_on: Goes) -> None:
-    """Two shares of 4.8 MB where 0.5 or 1.5 MB fit into a file: refused, and the save before is whole."""
+    """Where 20 or 200 kB fit into a file, shares of weights (155 kB) and moments (320 kB) are refused, and the save
+    before is whole."""
     run = run_of(place, "full")
     assert forks(config_file, "--name", "full", "--train.max-steps", "4").code == 0
     before = sorted(path.name for path in run.checkpoints.iterdir())
-    for limit in (500_000, 1_500_000):
+    for limit in (20_000, 200_000):
         ended = forks(config_file, "--name", "full", file_size=limit)
         assert ended.code == 2, ended.said
         assert re.search(r"error: no space to save step 6 in .*Free some space and run the same command", ended.said)
