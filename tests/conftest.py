@@ -58,11 +58,12 @@ from support import warm_start  # noqa: E402  (keeps the environment that it fin
 pytest_plugins = ["support.saved_checkpoints"]
 ROOT = Path(__file__).resolve().parents[1]
 LONGEST_FILES = (
-    "cli/test_trials.py", "distributed/test_stops.py", "faults/test_saves_cut_short.py", "test_readme.py",
-    "distributed/test_parallelize.py", "data/test_growing.py", "hub/test_background_publish.py",
-    "cli/ladder/test_ladder.py", "training/preflight/test_rehearsal.py", "test_e2e.py", "training/test_loop.py",
-    "training/test_stop_signals.py", "cli/test_prove_resume.py", "distributed/test_two_machines.py",
-    "training/test_compiled_step.py", "hub/test_large_vocabularies.py", "distributed/test_elastic_processes.py",
+    "test_readme.py", "distributed/test_stops.py", "faults/test_saves_cut_short.py", "distributed/test_parallelize.py",
+    "hub/test_background_publish.py", "test_troubleshooting.py", "data/test_growing.py", "benchmarks/test_gpu_check.py",
+    "distributed/test_two_machines.py", "distributed/test_elastic_processes.py", "hub/test_large_vocabularies.py",
+    "training/preflight/test_rehearsal.py", "test_e2e.py", "training/test_loop.py", "runs/mirror/test_lost_machine.py",
+    "cli/test_trials.py", "faults/test_ranks_killed.py", "cli/ladder/test_ladder.py", "training/test_stop_signals.py",
+    "cli/test_prove_resume.py", "training/test_compiled_step.py", "faults/test_damage.py",
 )  # fmt: skip
 WORDS = (
     "the river ran under old stone bridge while children counted boats and sang of salt wind light harbour evening "

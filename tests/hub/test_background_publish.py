@@ -254,7 +254,7 @@ def test_end_to_end(hub: HubServer, tiny: RunConfig, tmp_path: Path, temp_data: 
     """From the training command to a user who has transformers and the name of the repository."""
     every_six = with_train(tiny, save_every_steps=6)
     config = write_run_config(hub_config(every_six, every_checkpoint=True), tmp_path / "config.json")
-    done = launch("--config", config)
+    done = launch("--config", config, timeout=900)  # two exports, in a process that gives way to all others
     assert done.returncode == 0, done.stderr
     assert f"=== Publishing: {REPO}" in done.stdout
     assert "published step 12" in done.stdout, done.stdout
