@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -400,3 +401,28 @@ def test_missing_c_compiler_error(capsys: pytest.CaptureFixture[str]) -> None:
         raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable or set triton.knobs")
     assert caught.value.code == 2
     assert capsys.readouterr().err.startswith("error: torch.compile needs a working C compiler and found none:")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        subprocess.CalledProcessError(
+            1, ["/usr/bin/gcc", "/tmp/x/cuda_utils.c", "-lcuda", "-I/usr/include/python3.12"]
+        ),
+        RuntimeError("C++ compile error\n\nOutput:\n/tmp/x.cpp:4:10: fatal error: Python.h: No such file or directory"),
+    ],
+    ids=["Triton", "Inductor"],
+)
+def test_missing_python_headers_error(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    with pytest.raises(SystemExit) as caught, exit_on_error():
+        raise RuntimeError("backend='inductor' raised") from error
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.startswith(
+        f"error: torch.compile needs the headers of Python, and {tmp_path}/Python.h"
+    )
+    (tmp_path / "Python.h").touch()
+    with pytest.raises(RuntimeError, match="inductor"), exit_on_error():
+        raise RuntimeError("backend='inductor' raised") from error

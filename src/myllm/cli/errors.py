@@ -4,11 +4,14 @@ import errno
 import platform
 import re
 import signal
+import subprocess
 import sys
+import sysconfig
 import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NoReturn
 
 from myllm import paths
@@ -66,7 +69,8 @@ def exit_on_error() -> Iterator[None]:
 
 
 def _explain_missing_compiler(error: BaseException | None) -> str | None:
-    """What to do if torch.compile found no working compiler; None for any other error."""
+    """What to do if torch.compile found no working compiler, or no headers of Python; None for any other error."""
+    header = Path(sysconfig.get_path("include"), "Python.h")
     while error is not None:
         found = NO_COMPILER.search(str(error))
         if found:
@@ -74,6 +78,13 @@ def _explain_missing_compiler(error: BaseException | None) -> str | None:
             return (
                 f"torch.compile needs a working {found['kind']} compiler and found none{tried}: install one (g++ on "
                 "Linux, `xcode-select --install` on macOS), set CC or CXX to yours, or train with --train.compile off"
+            )
+        # Triton's compiler prints what it lacks, and its error has only the command.
+        failed_command = isinstance(error, subprocess.CalledProcessError) or "Python.h" in str(error)
+        if failed_command and not header.is_file():
+            return (
+                f"torch.compile needs the headers of Python, and {header} is missing: install them (python3-dev on "
+                "Debian and Ubuntu, python3-devel on Fedora), or train with --train.compile off"
             )
         error = error.__cause__ or error.__context__
     return None
