@@ -333,3 +333,8 @@ def test_describe_hang_names_late_ranks() -> None:
     )  # by its stack
     assert describe_hang([late, waiting, late], 60).startswith("ranks 0, 2 did not arrive")
     assert describe_hang([waiting, waiting], 60).startswith("no progress on any rank for 60 s")
+    reading = report(7, 14, False)  # a number from a GPU, whose all-reduce hangs
+    assert describe_hang([reading, reading], 60).startswith(
+        "no progress on any rank for 60 s; rank 0 is in step 8, training: loader.py, line 1, next (process 9 on node); "
+        "rank 1 is in step 8"
+    )

@@ -179,7 +179,8 @@ def describe_hang(reports: list[dict[str, Any] | None], idle_s: float) -> str:
     elif not late:
         late = [rank for rank, report in known.items() if not report["in_collective"]]
     parts = [f"no progress on any rank for {idle_s:.0f} s"]
-    if late:
+    # On GPUs, ranks also wait for each other where they read a number from the device: then none is in a collective.
+    if 0 < len(late) < len(reports):
         parts = [f"rank{'s' * (len(late) > 1)} {', '.join(map(str, late))} did not arrive in {idle_s:.0f} s"]
     others = [rank for rank in known if rank not in late]
     for rank in [*late[:8], *others[:1]]:
