@@ -20,10 +20,10 @@ from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, TensorSt
 
 from myllm.checkpoint import format as checkpoint
 from myllm.checkpoint import retention
-from myllm.checkpoint.dcp import read_into
+from myllm.checkpoint.dcp import flatten_moments, read_into, read_moments, write_tensors
 from myllm.checkpoint.format import Snapshot, load_checkpoint, load_latest, write_checkpoint
 from myllm.checkpoint.integrity import verify_checkpoint
-from myllm.checkpoint.layout import list_checkpoints, step_of
+from myllm.checkpoint.layout import OPTIMIZER, list_checkpoints, step_of
 from myllm.checkpoint.retention import (
     RetentionPolicy,
     check_space_for_run,
@@ -33,9 +33,10 @@ from myllm.checkpoint.retention import (
 from myllm.checkpoint.rng import get_rng_state, set_rng_state
 from myllm.checkpoint.state import TrainState, read_state
 from myllm.cli import main as cli
-from myllm.config import RunConfig, TrainConfig
+from myllm.config import OptimConfig, RunConfig, TrainConfig
 from myllm.data.sampler import DataPosition
 from myllm.errors import UserError
+from myllm.optim.optimizer import ScheduledOptimizer
 from myllm.planning.disk import SPARE_BYTES, checkpoint_bytes, disk_estimate_bytes, n_kept, n_saves, save_due
 from myllm.planning.flops import stored_parameters
 
@@ -372,6 +373,32 @@ def test_mismatched_tensors_raise(tmp_path: Path) -> None:
     for tensors in ({"w": torch.zeros(5, 3)}, {"w": torch.zeros(5, 4), "b": torch.zeros(3)}):
         with pytest.raises(UserError, match="do not fit this model: "):
             read_into(folder, tensors)
+
+
+def test_moments_are_read_without_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take twice the memory of the weights, and a GPU that trains may not have that twice."""
+    parameters = {"a": torch.nn.Parameter(torch.randn(3, 4)), "b": torch.nn.Parameter(torch.randn(5))}
+    for parameter in parameters.values():
+        parameter.grad = torch.randn_like(parameter)
+
+    def new_optimizer() -> ScheduledOptimizer:
+        return ScheduledOptimizer(parameters.items(), {}, OptimConfig(), 10)
+
+    saved, blank = new_optimizer(), list[torch.Tensor]()
+    saved.step(0)
+    write_tensors(tmp_path / OPTIMIZER, flatten_moments(saved.state_dict()))
+    stepped, fresh = new_optimizer(), new_optimizer()
+    for step in range(2):
+        stepped.step(step)
+    before = list(flatten_moments(stepped.state_dict()).values())
+    zero_state = fresh.zero_state()
+    monkeypatch.setattr(fresh, "zero_state", lambda: zero_state)
+    blank += flatten_moments(zero_state).values()
+    for optimizer, tensors in ((stepped, before), (fresh, blank)):
+        read_moments(tmp_path, optimizer)
+        found = flatten_moments(optimizer.state_dict())
+        assert [tensor.data_ptr() for tensor in found.values()] == [tensor.data_ptr() for tensor in tensors]
+        assert all(torch.equal(found[name], tensor) for name, tensor in flatten_moments(saved.state_dict()).items())
 
 
 def test_same_state_writes_identical_bytes(tmp_path: Path) -> None:

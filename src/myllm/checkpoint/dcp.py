@@ -108,9 +108,11 @@ def read_moments(folder: Path, optimizer: ScheduledOptimizer) -> None:
     Raises:
         UserError: the checkpoint is of another model or optimizer.
     """
-    blank = optimizer.zero_state()
-    read_into(folder / OPTIMIZER, flatten_moments(blank))
-    optimizer.load_state_dict(blank)
+    moments = optimizer.state_dict()
+    if moments.keys() != optimizer.parameters.keys():  # no step yet
+        moments = optimizer.zero_state()
+    read_into(folder / OPTIMIZER, flatten_moments(moments))
+    optimizer.load_state_dict(moments, copy=False)
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:

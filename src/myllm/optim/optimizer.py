@@ -77,8 +77,11 @@ class ScheduledOptimizer:
         """`state_dict` of the first step, filled with zeros: the tensors that a checkpoint is read into."""
         return {name: state for part in self._parts for name, state in part.zero_state().items()}
 
-    def load_state_dict(self, state: dict[str, ParameterState]) -> None:
+    def load_state_dict(self, state: dict[str, ParameterState], copy: bool = True) -> None:
         """
+        Args:
+            copy: false: keep tensors that are on the device, instead of a copy that needs as much memory again.
+
         Raises:
             ValueError: the names are not those of the parameters.
         """
@@ -89,5 +92,5 @@ class ScheduledOptimizer:
             raise ValueError(f"the optimizer state does not fit this model: {', '.join(wrong)}, ... are not in both")
         for part in self._parts:
             for name, parameter in part.parameters.items():
-                copies = {key: value.to(parameter.device).clone() for key, value in state[name].items()}
-                part.load_parameter_state(name, copies)
+                moved = {key: value.to(parameter.device, copy=copy) for key, value in state[name].items()}
+                part.load_parameter_state(name, moved)
