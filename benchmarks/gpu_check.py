@@ -32,7 +32,7 @@ from gpu_stages.frame import Budget, Outcome, Stage, exit_code, report, run_stag
 BEGAN = time.monotonic()
 STAGES = [
     Stage("ceilings", "ceilings", 15),
-    Stage("correct", "correct", 60),
+    Stage("correct", "correct", 75),
     Stage("real", "real", 90),
     Stage("resume", "resume", 30),
     Stage("parallel", "parallel", 60),
