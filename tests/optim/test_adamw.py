@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from myllm.config import OptimConfig
+from myllm.optim import adamw
 from myllm.optim.lr_schedule import learning_rate
 from myllm.optim.optimizer import ScheduledOptimizer
 
@@ -57,6 +58,23 @@ def test_mps_skip_leaves_state_unchanged() -> None:
     after = snapshot(optimizer)
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("config", [CONFIG, replace(CONFIG, cautious_decay=True)], ids=["plain", "cautious"])
+def test_mps_gradients_lose_their_scale(config: OptimConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its kernel takes them as they are."""
+    expected, optimizer = (ScheduledOptimizer(parameters().items(), {}, config, 20) for _ in range(2))
+    for step in range(3):
+        update(expected, step)
+    fused = torch._fused_adamw_
+    without = {"grad_scale": None, "found_inf": None}
+    monkeypatch.setattr(torch, "_fused_adamw_", lambda *tensors, **settings: fused(*tensors, **(settings | without)))
+    monkeypatch.setattr(adamw, "_is_mps", lambda tensor: True)
+    for step, scale in enumerate((1_024.0, 512.0, 512.0)):  # powers of two do not round
+        for name, grad in gradients(step).items():
+            optimizer.parameters[name].grad = grad * scale
+        optimizer.step(step, torch.zeros(()), torch.tensor(scale))
+    assert_equal(snapshot(optimizer), snapshot(expected))
 
 
 def snapshot(optimizer: ScheduledOptimizer) -> dict[str, torch.Tensor]:

@@ -52,9 +52,15 @@ class AdamW:
         rate = learning_rate(step, self._config, self._max_steps)
         for group in self._adamw.param_groups:
             group["lr"] = rate
-        # MPS's fused kernel ignored found_inf until pytorch/pytorch#186360, so there the host reads it and waits.
-        if skip is not None and skip.device.type == "mps" and skip.item():
+        # MPS's fused kernel ignored both until pytorch/pytorch#186360: the host reads one and waits, and divides by the
+        # other here.
+        if skip is not None and _is_mps(skip) and skip.item():
             return
+        if grad_scale is not None and _is_mps(grad_scale):
+            for parameter in self.parameters.values():
+                assert parameter.grad is not None
+                parameter.grad.div_(grad_scale)
+            grad_scale = None
         self._decay_cautiously(rate * self._config.weight_decay, skip, grad_scale)
         # The fused kernel reads both attributes; GradScaler unscales and skips in the same way.
         vars(self._adamw).update(found_inf=skip, grad_scale=grad_scale)
@@ -93,3 +99,7 @@ class AdamW:
 
     def load_parameter_state(self, name: str, state: ParameterState) -> None:
         self._adamw.state[self.parameters[name]] = state
+
+
+def _is_mps(tensor: Tensor) -> bool:
+    return tensor.device.type == "mps"
