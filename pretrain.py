@@ -39,12 +39,13 @@ def main() -> None:
         if args.config.hub.repo and not args.prepare_only:
             check_publishing(args.config)
         if args.dry_run:
-            from myllm.cli.plan import describe_dry_run
+            from myllm.cli.plan import check_prepared_data, describe_dry_run
 
             print(describe_dry_run(args))
             check_mirror(args.config)
             check_run(args.config)
             check_data(args.config)  # last: the plan is useful even if the data is not there
+            check_prepared_data(args.config)
         elif args.prepare_only:
             prepare_data(args.config)
         else:

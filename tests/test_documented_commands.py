@@ -44,7 +44,7 @@ REASONS = {
     r"torchrun|python -m myllm.distributed.elastic": "needs several machines: tests/distributed",
     r"python benchmarks/": "tests/benchmarks",
     r"(while|do|done|code=|line=|continue|break|echo|train.out|\[|1$)": "shell around a command",
-    r"myllm import|myllm data (estimate c4|prepare fineweb)": "reads the Hub: tests/hub/test_import.py, tests/data",
+    r"myllm (import|sample me/|data (estimate c4|prepare fineweb))": "reads the Hub: tests/hub, tests/data",
     r"python pretrain.py .*--init.from (gpt2|account|NAMESPACE)": "reads the Hub: tests/hub/test_import.py",
     r"myllm eval RUN --tasks arc-easy": "downloads tasks: tests/evals/test_tasks.py has them from a loopback Hub",
     r"myllm (tune|ladder)": "millions of tokens of text, or dozens of trainings: tests/cli/tune and tests/cli/ladder",
@@ -52,10 +52,11 @@ REASONS = {
     r"tensorboard |myllm runs sync|python pretrain.py .*--train.trackers": "needs a tracker: tests/runs",
     r"python pretrain.py .*(:0\.\d|1/3)": "needs several data sets: tests/training/test_mixture_run.py",
     r"curl ": "test_documented_requests runs them",
+    r"python docs/local_hub.py": "serves until Ctrl-C: tests/hub/test_local_hub.py",
 }
 """Commands that are not run, and why."""
-REAL_PRESETS = re.compile(r"myllm plan|.*--(dry-run|help)")
-"""These train nothing."""
+REAL_PRESETS = re.compile(r"myllm plan|.*--help|(?!.*--data).*--dry-run")
+"""These train nothing, and read no data set: the one here suits the tiny presets."""
 ADDED = {
     r"myllm serve": "--port 0",
     r"python pretrain.py .*--init.keep-optimizer": "--optim.optimizer adamw",  # that of the run here
@@ -195,7 +196,7 @@ def test_command(
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     """A Hub on which the reader has an account."""
     with HubServer() as server, server.reached(monkeypatch, tmp_path / "hf"):
-        server.models.add_account(TOKEN, "my-account")
+        server.models.add_account(TOKEN, "my-account", "me")
         (tmp_path / "hf").mkdir()
         (tmp_path / "hf/token").write_text(TOKEN)
         yield server

@@ -168,7 +168,12 @@ def may_be_model(name: str, hub: bool = True) -> bool:
     with suppress(OSError, RuntimeError):  # invalid file names; ~NAME of an unknown user
         if user_path(name).exists() or (runs_dir() / name).exists():
             return True
-    return hub and REPOSITORY.fullmatch(name) is not None
+    return hub and may_be_repository(name)
+
+
+def may_be_repository(name: str) -> bool:
+    """True for NAMESPACE/NAME, but not for RUN/best and the like: what a run lacks is not asked from the Hub."""
+    return REPOSITORY.fullmatch(name) is not None and not (runs_dir() / name).parent.is_dir()
 
 
 def check_model_path(name: str, hub: bool = True) -> None:
@@ -179,7 +184,8 @@ def check_model_path(name: str, hub: bool = True) -> None:
 
 def no_checkpoint_error(name: str, runs: Path) -> UserError:
     known = sorted(path.name for path in runs.glob("*") if (path / "checkpoints").is_dir())
-    return UserError(f"no checkpoint at {name!r}; runs with checkpoints: {', '.join(known) or 'none yet'}")
+    best = f"; {name} is written by a run with train.early_stop_patience" if Path(name).name == "best" else ""
+    return UserError(f"no checkpoint at {name!r}{best}; runs with checkpoints: {', '.join(known) or 'none yet'}")
 
 
 def warn_if_ambiguous(name: str, used: Path, other: Path) -> None:

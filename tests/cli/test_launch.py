@@ -18,8 +18,9 @@ from conftest import ROOT, command, launch, write_run_config
 from myllm.cli import main as cli
 from myllm.cli.errors import exit_on_error
 from myllm.cli.launch import parse_args
-from myllm.cli.plan import describe_dry_run
-from myllm.config import RunConfig
+from myllm.cli.plan import check_prepared_data, describe_dry_run
+from myllm.config import DataConfig, RunConfig
+from myllm.data.prepare.prepare import prepare
 from myllm.errors import UserError
 from myllm.presets import PRESETS, get_preset
 
@@ -145,6 +146,24 @@ def test_dry_run_of_reference_preset() -> None:
     assert "19,073 steps = 9,999,745,024 tokens" in text
     shown, _, _ = text.partition("\n\nrun ")
     assert shown == "settings     those of lf-llm-269m; `python pretrain.py lf-llm-269m --help` lists them"
+
+
+def test_dry_run_refuses_the_data_that_training_refuses(tiny: RunConfig, tmp_path: Path) -> None:
+    check_prepared_data(tiny)  # nothing is prepared yet
+    name = prepare(tiny.data, progress=False).name
+    check_prepared_data(tiny)
+    for changes, message in (
+        ({"model": replace(tiny.model, vocab_size=4_096)}, "model.vocab_size is 4,096, but the tokenizer of "),
+        ({"train": replace(tiny.train, batch_tokens=1 << 20)}, "fewer than the 16,384 of one step"),
+    ):
+        for data in (tiny.data, DataConfig(dataset=name)):
+            with pytest.raises(UserError, match=message):
+                check_prepared_data(replace(tiny, data=data, **changes))
+    saved = write_run_config(replace(tiny, data=DataConfig(dataset=name)), tmp_path / "run.json")
+    done = launch("--config", saved, "--model.vocab-size", "4096", "--dry-run")
+    assert done.returncode == 2
+    assert "batch        " in done.stdout
+    assert "model.vocab_size is 4,096" in done.stderr
 
 
 def test_dry_run_shows_differences_from_preset(tmp_path: Path) -> None:

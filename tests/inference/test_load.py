@@ -16,6 +16,7 @@ from myllm.inference.int8 import weight_dtype
 from myllm.inference.load import load_model
 from myllm.inference.sampling_params import SamplingParams
 from myllm.model.transformer import Transformer
+from myllm.paths import check_model_path, may_be_model
 
 
 def put(folder: Path, vocab_size: int, tokenizer_file: Path | None, precision: str = "auto") -> Path:
@@ -27,6 +28,18 @@ def put(folder: Path, vocab_size: int, tokenizer_file: Path | None, precision: s
 def test_default_tokenizer(tmp_path: Path) -> None:
     _, tokenizer = load_model(put(tmp_path, 50_257, None), "cpu")
     assert tokenizer.is_default
+
+
+def test_folder_a_run_lacks_is_not_a_repository(temp_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (temp_data / "runs" / "lr-1" / "checkpoints").mkdir(parents=True)
+    monkeypatch.setattr("myllm.inference.load.resolve_source", lambda *_: pytest.fail("asked the Hub"))
+    for lacking in ("lr-1/best", "lr-1/nothing"):
+        with pytest.raises(UserError, match=f"no checkpoint at '{lacking}'.*; runs with checkpoints: lr-1"):
+            load_model(lacking)
+        assert not may_be_model(lacking)
+    with pytest.raises(UserError, match=r"lr-1/best is written by a run with train\.early_stop_patience"):
+        check_model_path("lr-1/best")
+    assert may_be_model("lr-2/best"), "which may be a repository"
 
 
 def test_own_tokenizer(tmp_path: Path) -> None:

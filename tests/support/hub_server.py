@@ -30,9 +30,9 @@ from collections.abc import Iterator
 from email.message import Message
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 from urllib.parse import parse_qs, quote, unquote, urlencode, urlsplit
 
-import pytest
 from huggingface_hub import close_session, constants
 from support.hub_connection import Listener
 from support.hub_replies import (
@@ -50,6 +50,9 @@ from support.hub_replies import (
     repo_info,
 )
 from support.hub_uploads import Models
+
+if TYPE_CHECKING:
+    import pytest  # docs/local_hub.py runs without it
 
 API = re.compile(
     r"/api/(?P<kind>dataset|model)s/(?P<repo>[^/]+/[^/]+)(?:/(?P<verb>revision|tree|paths-info)/(?P<revision>[^/]+)(?:/(?P<path>.+))?)?"
@@ -109,7 +112,7 @@ class HubServer:
         }  # fmt: skip
 
     @contextlib.contextmanager
-    def reached(self, monkeypatch: pytest.MonkeyPatch, home: Path) -> Iterator[None]:
+    def reached(self, monkeypatch: "pytest.MonkeyPatch", home: Path) -> Iterator[None]:
         """The same for this process, whose client read its variables at import."""
         for name, value in self.environment(home).items():
             monkeypatch.setenv(name, value)

@@ -8,7 +8,7 @@ import tyro
 
 from myllm.config import DataConfig, RunConfig
 from myllm.errors import UserError
-from myllm.formatting import format_bytes, format_si, format_table, parse_target
+from myllm.formatting import format_bytes, format_duration, format_si, format_table, parse_target
 from myllm.planning.config_checks import check_data_config
 from myllm.planning.own_text import command_for
 
@@ -78,7 +78,7 @@ def estimate(
     print(f"sample: {found.sampled_documents:,} documents of {found.sampled_from}\n")
     if found.fraction > 1:
         print(f"the target is {found.fraction:,.1f} times the source: training would take more than one epoch\n")
-    duration = f"{found.hours:.3g} h" if found.hours >= 1 else f"{found.hours * 60:.3g} min"
+    duration = format_duration(max(3600 * found.hours, 1))
     processes = f"{found.workers} process{'es' if found.workers > 1 else ''}"
     for name, figure in (
         ("documents", format_si(found.documents)),

@@ -124,6 +124,8 @@ def main(words: list[str] | None = None) -> None:
         if words[:1] == ["--version"]:
             print(version())
             return
+        if words[:2] == ["runs", "list"]:  # as `myllm data list` and `myllm checkpoint list`
+            words = ["runs", *words[2:]]
         group = words[0] if words and words[0] in GROUPS else ""
         n_words = 2 if group and words[1:] and not words[1].startswith("-") else 1
         name, rest = " ".join(words[:n_words]), words[n_words:]
@@ -135,7 +137,10 @@ def main(words: list[str] | None = None) -> None:
             print(_usage(group))
             raise SystemExit(0 if {"-h", "--help"} & set(words) else 2)
         else:
-            raise UserError(f"unknown command {name!r}{did_you_mean(name, list(COMMANDS))}\n\n{_usage(group)}")
+            # Without the word that a group shares: with it, `runs lst` is close to `runs delete`.
+            known = [command.removeprefix(f"{group} ") for command in COMMANDS if command.startswith(group)]
+            suggestion = did_you_mean(name.removeprefix(f"{group} "), known)
+            raise UserError(f"unknown command {name!r}{suggestion}\n\n{_usage(group)}")
 
 
 def _usage(group: str = "") -> str:

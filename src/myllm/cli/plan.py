@@ -9,6 +9,7 @@ from myllm.distributed import launcher
 from myllm.distributed.standard_streams import protect_output
 from myllm.errors import UserError, bullets
 from myllm.formatting import format_duration
+from myllm.planning.batch import batch_plan
 from myllm.planning.flops import flops_per_token
 from myllm.planning.forecast import Hardware, compare, describe, parse_hardware, predict
 from myllm.planning.gpu_specs import gpu_from_device_name
@@ -87,6 +88,20 @@ def describe_dry_run(args: RunArgs) -> str:
             *([f"no GPU       {problem}"] if problem else []),
         ]
     )
+
+
+def check_prepared_data(config: RunConfig) -> None:
+    """Reject a data set that is complete and does not suit the run, as training will.
+
+    Raises:
+        UserError: as `training.setup.check_data`.
+    """
+    from myllm.training.preflight.data_and_disk import find_prepared
+    from myllm.training.setup import check_data
+
+    dataset = find_prepared(config.data)
+    if dataset is not None and dataset.complete:
+        check_data(config, dataset, batch_plan(config, launcher.world_size()))
 
 
 def _memory_warning(config: RunConfig, device: "torch.device") -> list[str]:

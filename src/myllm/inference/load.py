@@ -14,7 +14,7 @@ from myllm.distributed.precision import compute_dtype
 from myllm.errors import UserError
 from myllm.hub.import_model import is_external_model, read_external_model, resolve_source
 from myllm.model.transformer import Transformer
-from myllm.paths import REPOSITORY, user_path
+from myllm.paths import may_be_repository, user_path
 
 from .generate import LanguageModel
 from .int8 import check_torchao, quantize_int8
@@ -51,7 +51,7 @@ def find_model(where: str | Path) -> ModelSource:
     try:
         checkpoint = find_checkpoint(str(where), paths.runs_dir())
     except UserError:
-        if path.exists() or (paths.runs_dir() / where).exists() or not REPOSITORY.fullmatch(str(where)):
+        if path.exists() or (paths.runs_dir() / where).exists() or not may_be_repository(str(where)):
             raise
         folder = resolve_source(str(where), None, lambda line: print(line, file=sys.stderr))
         return ModelSource(folder, Path(), None, RunConfig(), None)

@@ -93,7 +93,11 @@ def test_no_runs_and_unknown_subcommand(temp_data: Path, capsys: pytest.CaptureF
     with pytest.raises(SystemExit) as ended:
         main(["runs", "lst"])
     assert ended.value.code == 2
-    assert "unknown command 'runs lst'" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "unknown command 'runs lst'" in error
+    assert "did you mean" not in error, "certainly not 'runs delete'"
+    main(["runs", "list"])  # as `myllm data list`
+    assert "no runs under" in capsys.readouterr().out
 
 
 # -- delete, rename, archive ------------------------------------------------------------------------------------------

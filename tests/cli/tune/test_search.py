@@ -190,7 +190,7 @@ def test_scales() -> None:
         (["debug", "--search", "optim.max-lr=2:1"], "0 <= LOW < HIGH"),
         (["debug", "--search", "optim.beta2=0.9:1"], "below 1"),
         (["debug", "--trials", "0"], "--trials is 0"),
-        (["debug", "--tokens", "1000"], "expected at least 180"),
+        (["debug", "--tokens", "1000"], "expected at least 180: give --tokens 92160 or more"),
         (["debug", "--data.source", "files:/tmp"], "--tokens"),
     ],
 )

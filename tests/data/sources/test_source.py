@@ -176,8 +176,13 @@ def test_missing_text_raises(tree: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for where in (tmp_path / "empty", tmp_path / "none", f"{tree}/*.none", f"{tree}/x.txt/b.txt"):
         refused(f"files:{where}", "no text found", "nothing", ".jsonl.zst")
+    refused(f"files:{tmp_path}/none", "found nothing: no such file or folder")
     refused("files:", "needs a path")
-    refused(f"files:{tree}/picture.png", "found only 1 .png")
+    refused(f"files:{tree}/picture.png", "found only 1 .png", "`--suffix .rst")
+    (tmp_path / "notes.txt.gz").touch()
+    with pytest.raises(UserError, match=r"found only 1 \.txt\.gz, .*; decompress") as caught:
+        find_source(f"files:{tmp_path}/notes.txt.gz")
+    assert "--suffix" not in str(caught.value), "which would read the compressed bytes"
     refused(f"files:{tree}/a**", f"{tree}")
     refused("files:" + "x" * 5_000, "cannot read")
     refused("files:~nobody-of-this-name/texts", "cannot find", "~nobody-of-this-name")

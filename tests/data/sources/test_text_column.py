@@ -74,7 +74,7 @@ def test_missing_or_non_text_column_logged(rows: Path, column: str, reason: str)
     detail = skips.places[0]["detail"]
     if rows.suffix == ".jsonl":  # a row at a time: null is an empty text in any column
         assert skips.counts["no_text"] + found.count("") == len(ROWS)
-        reason = {"meta.size": "'size'", "n": "found '1'"}.get(column, reason)
+        reason = {"meta.size": "'size'", "n": "expected a text in 'n', found 1 (int)"}.get(column, reason)
     else:
         assert found == []
         assert dict(skips.counts) == {"no_text_column": 1}

@@ -231,6 +231,10 @@ def test_page_width_and_color_scheme(width: int, pair: list[RunPaths], tmp_path:
         for dark in (False, True):
             browser.open(address, width=width, dark=dark, ready=READY)
             assert browser.run("document.documentElement.scrollWidth") <= width
+            table = "document.querySelector('.differences')"
+            assert browser.run(f"{table}.scrollWidth - {table}.parentElement.clientWidth") <= 0, (
+                "two runs need no scrolling"
+            )
             sizes = "[...document.querySelectorAll('.chart text')].map(e => e.getBoundingClientRect().height)"
             assert min(browser.run(sizes)) >= 11
             browser.run("document.querySelector('.chart').scrollIntoView()")

@@ -90,10 +90,12 @@ def make_plan(args: TuneArgs) -> Plan:
     for name, value, least in (("trials", args.trials, 1), ("jobs", args.jobs, 1)):
         if value < least:
             raise UserError(f"--{name} is {value}, expected at least {least}")
-    if steps < MIN_STEPS * ETA**TOP:
+    fewest = MIN_STEPS * ETA**TOP
+    if steps < fewest:
         raise UserError(
             f"the longest runs have {steps:,} steps of {config.train.batch_tokens:,} tokens, and the shortest a ninth "
-            f"of that; expected at least {MIN_STEPS * ETA**TOP:,}: raise --tokens, or lower train.batch_tokens"
+            f"of that; expected at least {fewest:,}: give --tokens {fewest * config.train.batch_tokens} or more, or "
+            "lower train.batch_tokens"
         )
     config = replace(config, train=replace(config.train, max_steps=steps, epochs=None))
     parameters = parse_search(args.search) if args.search else default_search(config.optim)

@@ -42,10 +42,12 @@ class ProgressLines:
         if now - self._logged < LOG_EVERY_S:
             return
         self._logged = now
+        # Before the first file or part is finished, nobody knows the speed.
+        speed = "{rate_fmt}, {remaining} left" if self._done else "{elapsed} so far"
         line = tqdm.format_meter(
             self._done, max(self._total, self._done), now - self._started, prefix=self._description, unit="B",
             unit_scale=True, postfix=self._postfix,
-            bar_format="{desc}: {percentage:.0f}% of {total_fmt}B, {rate_fmt}, {remaining} left{postfix}",
+            bar_format="{desc}: {percentage:.0f}% of {total_fmt}B, " + speed + "{postfix}",
         )  # fmt: skip
         print(line, file=sys.stderr, flush=True)
 

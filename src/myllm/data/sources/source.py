@@ -33,6 +33,8 @@ SUFFIX_ADVICE = (
     "`--suffix .rst .html` (pretrain.py: `--data.suffix`) reads other kinds as plain text, `datasets:PATH` .csv, .tsv "
     "and .json as rows; convert .pdf, .docx and .epub to .txt first (pdftotext, pandoc)"
 )
+COMPRESSED = (".gz", ".zst", ".bz2", ".xz", ".zip", ".tgz")
+COMPRESSED_ADVICE = "decompress other compressed files first (gunzip, unzip, tar)"
 FOLDER_ADVICE = "a hidden or linked folder is read where `files:` names it"
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?(:.+)?", re.ASCII)
 
@@ -263,7 +265,8 @@ def local_files(spec: str, suffixes: Sequence[str] = ()) -> Source:
     readable = [file for file in files if suffix_of(file) in readers]
     ignored = (*ignored_kinds, *(suffix_of(file) for file in files if suffix_of(file) not in readers))
     if not readable:
-        seen = f"only {count_kinds(ignored)}" if ignored else "nothing"
+        nothing = "nothing" if path.exists() else "nothing: no such file or folder"
+        seen = f"only {count_kinds(ignored)}" if ignored else nothing
         expected = f"expected one of {', '.join(readers)}"
         raise UserError(f"no text found at {spec!r}: found {seen}, {expected}{advice(ignored)}")
     name = os.path.basename(os.path.abspath(path if path.exists() else root))
@@ -281,9 +284,13 @@ def count_kinds(kinds: Iterable[str]) -> str:
 
 def advice(ignored: Iterable[str]) -> str:
     """What to do about ignored files and folders, for the end of a message."""
-    suffixes = any(map(_is_suffix, ignored))
-    folders = any("folder" in kind for kind in ignored)
-    return (f"; {SUFFIX_ADVICE}" if suffixes else "") + (f"; {FOLDER_ADVICE}" if folders else "")
+    suffixes = [kind for kind in ignored if _is_suffix(kind)]
+    lines = {
+        SUFFIX_ADVICE: any(not kind.endswith(COMPRESSED) for kind in suffixes),
+        COMPRESSED_ADVICE: any(kind.endswith(COMPRESSED) for kind in suffixes),
+        FOLDER_ADVICE: any("folder" in kind for kind in ignored),
+    }
+    return "".join(f"; {line}" for line, applies in lines.items() if applies)
 
 
 def _is_suffix(kind: str) -> bool:

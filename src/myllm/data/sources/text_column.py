@@ -119,7 +119,7 @@ def _join(value: Any, field: str) -> str:
     if isinstance(value, Mapping):
         parts = ", ".join(f"{field}.{key}" for key in value)
         raise NoTextError(f"expected a text, found an object; choose one of {parts}")
-    raise NoTextError(f"expected a text, found {str(value)[:40]!r}")
+    raise NoTextError(f"expected a text in {field!r}, found {str(value)[:40]} ({type(value).__name__})")
 
 
 # -- tables -----------------------------------------------------------------------------------------------------------
