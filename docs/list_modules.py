@@ -27,16 +27,18 @@ def first_line(module: Path) -> str:
     return " ".join(docstring.partition("\n\n")[0].split()).removesuffix(" Read it in this order:")
 
 
-def rows(folder: Path) -> Iterator[str]:
-    name = folder.relative_to(PACKAGE)
-    yield f"| **{name}** | {first_line(folder / '__init__.py')} |"
+def section(folder: Path, level: str = "##") -> Iterator[str]:
+    """A package: its heading, what it is for, a table of its modules, and then its own packages."""
+    name = "myllm" if folder == PACKAGE else folder.relative_to(PACKAGE).as_posix()
+    yield from ("", f"{level} {name}", "", first_line(folder / "__init__.py"))
+    yield from ("", "| module | what it is for |", "|---|---|")
     for module in sorted(folder.glob("*.py")):
         if module.name != "__init__.py":
             path = module.relative_to(PACKAGE)
             yield f"| [`{path}`](../src/myllm/{path}) | {first_line(module)} |"
     for package in sorted(folder.glob("*/__init__.py")):
         if folder != PACKAGE:
-            yield from rows(package.parent)
+            yield from section(package.parent, "###")
 
 
 def page() -> str:
@@ -44,13 +46,10 @@ def page() -> str:
         "# Modules",
         "",
         "Written by `python docs/list_modules.py`. A package imports only from those below it on this page.",
-        "",
-        "| module | what it is for |",
-        "|---|---|",
-        *(row for name in ORDER for row in rows(PACKAGE / name)),
-        *rows(PACKAGE),
+        *(line for name in ORDER for line in section(PACKAGE / name)),
+        *section(PACKAGE),
     ]
-    return "\n".join(lines).replace("**.**", "**myllm**") + "\n"
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

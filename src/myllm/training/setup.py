@@ -1,4 +1,4 @@
-"""Build what a training step needs from a config: model, optimizer, data and random state, new or from a checkpoint."""
+"""Build what a training step needs, new or from a checkpoint: model, optimizer, data and dropout's random state."""
 
 import time
 from collections.abc import Callable, Iterator
