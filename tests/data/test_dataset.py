@@ -148,6 +148,27 @@ def test_damaged_manifest_raises(dataset: Dataset, content: bytes | None, messag
         Dataset.open(dataset.folder)
 
 
+def test_no_damaged_byte_of_a_manifest_changes_what_is_read(dataset: Dataset) -> None:
+    """One bit of each byte, one after the other: the same tokens, a shard that its hash betrays, or an error."""
+
+    def tokens(found: Dataset) -> list[list[int]]:
+        return [stream.read(0, stream.tokens).tolist() for stream in (found.train, found.val)]
+
+    path, whole, refused = dataset.folder / "manifest.json", tokens(dataset), 0
+    content = path.read_bytes()
+    for place, byte in enumerate(content):
+        path.write_bytes(content[:place] + bytes([byte ^ 1 << place % 7]) + content[place + 1 :])
+        try:
+            found = Dataset.open(dataset.folder)
+            found.tokenizer()
+        except UserError:
+            refused += 1
+            continue
+        damage = content[max(place - 20, 0) : place + 20]
+        assert (tokens(found), found.end_of_text) == (whole, dataset.end_of_text) or found.damaged(), damage
+    assert refused > len(content) / 3
+
+
 def test_fingerprint_independent_of_manifest_layout(dataset: Dataset) -> None:
     path = dataset.folder / "manifest.json"
     manifest = json.loads(path.read_text())

@@ -60,7 +60,8 @@ class Dataset:
         manifest, complete = _read_manifest(folder, allow_incomplete)
         dataset = cls(folder, manifest, complete)
         try:
-            _ = dataset.train, dataset.val, dataset.fingerprint  # maps every shard
+            _ = dataset.train, dataset.val, dataset.fingerprint, manifest["source"]  # maps every shard
+            _ = [manifest["tokenizer"][key] for key in ("kind", "name", "sha256", "end_of_text")]
         except (KeyError, TypeError) as error:
             raise UserError(f"{folder / MANIFEST} is damaged ({error!r}); {_REMEDY.format(folder)}") from None
         return dataset
@@ -115,6 +116,11 @@ class Dataset:
             raise UserError(
                 f"{self.folder} was prepared with another vocabulary than {tokenizer.file}: its sha256 is "
                 f"{tokenizer.sha256[:12]}..., expected {recorded['sha256'][:12]}...; {_REMEDY.format(self.folder)}"
+            )
+        if tokenizer.end_of_text != self.end_of_text:
+            raise UserError(
+                f"{self.folder / MANIFEST} is damaged: its end_of_text is {self.end_of_text}, but that of "
+                f"{tokenizer.name} is {tokenizer.end_of_text}; {_REMEDY.format(self.folder)}"
             )
         return tokenizer
 

@@ -28,6 +28,11 @@ class Shard:
     """That begin in it."""
     sha256: str
 
+    def __post_init__(self) -> None:
+        # Without this, a damaged byte in `split` would leave the shard out of both streams.
+        if self.split not in ("train", "val") or not str(self.file).startswith(f"{self.split}_"):
+            raise TypeError(f"{self.file} is not a shard of the split {self.split!r}")
+
 
 def find_damaged(folder: Path, shards: list[Shard]) -> list[str]:
     """Files whose content does not have the manifest's hash, or cannot be read."""

@@ -62,7 +62,7 @@ def random_dataset(config: RunConfig, folder: Path, tokenizer: Tokenizer, dist: 
         for split, count in tokens.items():
             array = rng.integers(min(tokenizer.vocab_size, config.model.vocab_size), size=count, dtype=tokenizer.dtype)
             array[::DOCUMENT_TOKENS] = tokenizer.end_of_text
-            file, documents = folder / f"{split}.npy", -(-count // DOCUMENT_TOKENS)
+            file, documents = folder / f"{split}_00000.npy", -(-count // DOCUMENT_TOKENS)
             np.save(file, array)
             shards.append(asdict(Shard(file.name, split, count, documents, file_sha256(file))))
         manifest = {"format": FORMAT, "fingerprint": "random", "source": "random", "tokenizer": tokenizer.describe()}
