@@ -1,6 +1,7 @@
 """The rows of each task from a file or from the Hub, and what is said where they cannot be had."""
 
 import json
+import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -182,10 +183,17 @@ def test_damaged_download_raises(hub: HubServer, temp_data: Path):
     assert not list(temp_data.rglob("*.parquet"))
 
 
-def test_unreachable_hub(hub: HubServer, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("status", [503, None])
+def test_unreachable_hub(hub: HubServer, monkeypatch: pytest.MonkeyPatch, status: int | None):
     waits: list[float] = []
-    hub.down()
-    monkeypatch.setattr(fetching.time, "sleep", waits.append)
+    warns: list[bool] = []
+
+    def sleep(seconds: float) -> None:
+        waits.append(seconds)
+        warns.append(logging.getLogger("huggingface_hub.utils._http").isEnabledFor(logging.WARNING))
+
+    hub.down(status)
+    monkeypatch.setattr(fetching.time, "sleep", sleep)
     for name, message in (
         ("hellaswag", r"could not download Rowan/hellaswag: .*hellaswag:FILE in .*--eval.hellaswag-file"),
         ("piqa", r"could not download baber/piqa: .*Give its rows as a .*file: piqa:FILE in .*--eval.tasks"),
@@ -193,4 +201,5 @@ def test_unreachable_hub(hub: HubServer, monkeypatch: pytest.MonkeyPatch):
         with pytest.raises(UserError, match=message):
             load_questions(name)
         assert sum(waits) < 10  # a run waits for it
+        assert not any(warns), "one message is enough"
         waits.clear()

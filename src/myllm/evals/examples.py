@@ -54,9 +54,10 @@ def _download(name: str, task: Task) -> tuple[list[Path], str, dict[str, Any]]:
     """The files of a task, and the module and settings with which `datasets` reads them."""
     folder, dataset = paths.downloads_dir() / name, parse_name(task.source)
     try:
-        listing = list_dataset(dataset)
-        files = [SourceFile(file.name, file.url, "", file.size_bytes, file.digest) for file in listing.files]
-        downloaded = [download_file(file, folder, tries=1) for file in files]  # training waits for it
+        with quiet():
+            listing = list_dataset(dataset)
+            files = [SourceFile(file.name, file.url, "", file.size_bytes, file.digest) for file in listing.files]
+            downloaded = [download_file(file, folder, tries=1) for file in files]  # training waits for it
     except (UserError, OSError) as error:
         reason = str(error).split(";")[0]  # the advice after it is for data sets
         raise UserError(

@@ -79,10 +79,14 @@ def request_listing(repo: str, revision: str | None, pattern: str) -> list[Remot
     ]
 
 
-def find_commit(repo: str, revision: str | None) -> str:
-    """The hash of the commit that a branch or tag of a dataset repository means now. Errors are the Hub client's."""
+def find_commit(repo: str, revision: str | None, always_ask: bool = False) -> str:
+    """The hash of the commit that a branch or tag of a dataset repository means now. Errors are the Hub client's.
+
+    Args:
+        always_ask: also for a hash, which never changes: to know whether the Hub answers.
+    """
     hub_endpoint()
-    if revision and COMMIT.fullmatch(revision):  # never changes, which saves a request
+    if revision and COMMIT.fullmatch(revision) and not always_ask:
         return revision
     return str(next(_hub_pages(f"{repo}/revision/{quote(revision or 'main', safe='')}"))["sha"])
 

@@ -91,10 +91,12 @@ def _stamp(path: Path) -> str:
 def _request(name: DatasetName) -> dict[str, Any]:
     with _clear_errors(name):
         import datasets
+        from huggingface_hub import constants
 
         arguments: dict[str, Any] = {"path": name.where}
         if name.path is None:
-            arguments["revision"] = find_commit(name.where, name.revision)
+            # `datasets` asks a Hub that does not answer for half a minute.
+            arguments["revision"] = find_commit(name.where, name.revision, always_ask=not constants.HF_HUB_OFFLINE)
         elif not name.path.is_dir():  # a file or a glob, which `datasets` takes relative to a folder
             files = glob.escape(name.where) if name.path.is_file() else name.where
             arguments = {"path": str(match_files(name.path)[1]), "data_files": files}
@@ -221,14 +223,16 @@ def _clear_errors(name: DatasetName) -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the error messages of `datasets`: whoever reads the file reports its faults."""
-    logger = logging.getLogger("datasets")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
+    """Without the messages of `datasets` and of the Hub's client: the caller reports what went wrong."""
+    loggers = [logging.getLogger(name) for name in ("datasets", "huggingface_hub")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def open_rows(path: Path, module: str, options: dict[str, Any]) -> "IterableDataset":
