@@ -100,8 +100,9 @@ def test_small_text_files_count_as_documents(tmp_path: Path) -> None:
     chance = random.Random(0)
     for number in range(300):
         (tmp_path / f"{number}.txt").write_text("word " * chance.randint(1, 3_000))
-    found = estimate(make_spec(DataConfig(source=f"files:{tmp_path}")), workers=1)
+    found = estimate(make_spec(DataConfig(source=f"files:{tmp_path}")), workers=4)
     assert found.documents == 300
+    assert found.workers == 2, "so few are two pieces of work"
     assert within(found.tokens, found.text_bytes / 5, 0.1)
 
 

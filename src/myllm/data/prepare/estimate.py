@@ -86,6 +86,8 @@ def estimate(spec: DatasetSpec, workers: int, target: tuple[str, float] | None =
         "tokens": n_tokens / sampled_fraction,
     }
     fraction = target[1] / whole[target[0]] if target else 1.0
+    if target is None:
+        workers = min(workers, len(spec.work_items))  # one reads a text file, or many small files
     return Estimate(
         len(texts), sample.origin, documents=fraction * whole["documents"], text_bytes=fraction * whole["bytes"],
         tokens=fraction * whole["tokens"], download_bytes=fraction * source.size_bytes,
