@@ -37,9 +37,9 @@ IMPORTED = (
 ENVIRONMENT = dict(os.environ)
 """That of a worker, not of a test: tests import this module as they are collected."""
 MAY_DIFFER = {"MYLLM_DATA", "PYTEST_CURRENT_TEST", "COLUMNS", "LINES", "MPLBACKEND", "PYTORCH_ALLOC_CONF"}
-MAY_DIFFER |= {"KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK"}
-"""Variables that nothing reads on import, those that every command sets for itself, and those that scikit-learn, which
-transformers imports into pytest's process, sets for another OpenMP than torch's."""
+MAY_DIFFER |= {"KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK", "HF_XET_HIGH_PERFORMANCE"}
+"""Variables that nothing reads on import, those that every command sets for itself, and those that scikit-learn (for
+another OpenMP than torch's) and lm_eval set in each process that imports them, as pytest's does."""
 
 
 def run(
