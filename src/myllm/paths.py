@@ -172,8 +172,9 @@ def may_be_model(name: str, hub: bool = True) -> bool:
 
 
 def may_be_repository(name: str) -> bool:
-    """True for NAMESPACE/NAME, but not for RUN/best and the like: what a run lacks is not asked from the Hub."""
-    return REPOSITORY.fullmatch(name) is not None and not (runs_dir() / name).parent.is_dir()
+    """True for NAMESPACE/NAME, but not for RUN/best of a run that has none. An account may have the name of a run."""
+    of_run = name.endswith("/best") and (runs_dir() / name).parent.is_dir()
+    return REPOSITORY.fullmatch(name) is not None and not of_run
 
 
 def check_model_path(name: str, hub: bool = True) -> None:

@@ -30,16 +30,16 @@ def test_default_tokenizer(tmp_path: Path) -> None:
     assert tokenizer.is_default
 
 
-def test_folder_a_run_lacks_is_not_a_repository(temp_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_best_of_a_run_without_one_is_not_a_repository(temp_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (temp_data / "runs" / "lr-1" / "checkpoints").mkdir(parents=True)
     monkeypatch.setattr("myllm.inference.load.resolve_source", lambda *_: pytest.fail("asked the Hub"))
-    for lacking in ("lr-1/best", "lr-1/nothing"):
-        with pytest.raises(UserError, match=f"no checkpoint at '{lacking}'.*; runs with checkpoints: lr-1"):
-            load_model(lacking)
-        assert not may_be_model(lacking)
+    with pytest.raises(UserError, match=r"no checkpoint at 'lr-1/best'.*; runs with checkpoints: lr-1"):
+        load_model("lr-1/best")
+    assert not may_be_model("lr-1/best")
     with pytest.raises(UserError, match=r"lr-1/best is written by a run with train\.early_stop_patience"):
         check_model_path("lr-1/best")
-    assert may_be_model("lr-2/best"), "which may be a repository"
+    for repository in ("lr-2/best", "lr-1/my-model"):  # of an account with the name of a run
+        assert may_be_model(repository)
 
 
 def test_own_tokenizer(tmp_path: Path) -> None:
