@@ -1,8 +1,9 @@
 """Every error of a config is found before anything is allocated, and all of them at once."""
 
 import re
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from math import inf, nan
+from typing import get_args, get_origin
 
 import pytest
 
@@ -41,6 +42,22 @@ WORLD_SIZES = {
     "lf-llm-269m-modern": [1, 2, 4, 8, 16],
     "lf-llm-269m-adamw": [1, 2, 4, 8, 16],
 }
+
+
+def test_every_number_has_a_range():
+    """Also that of a new setting. A limit that is not a number would never be exceeded."""
+    names = [
+        (part.name, setting.name)
+        for part in fields(RunConfig)
+        if is_dataclass(part.type)
+        for setting in fields(part.type)
+        if get_origin(setting.type) is not tuple and {int, float} & {setting.type, *get_args(setting.type)}
+    ]
+    assert len(names) > 60
+    for part, name in names:
+        assert any(
+            f"{part}.{name} is nan" in error for error in config_errors(changed(GOOD, **{f"{part}__{name}": nan}), 1)
+        )
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -17,6 +17,7 @@ _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 VALID: dict[str, Callable[[float], bool]] = {
     "at least 1": lambda value: value >= 1,
     "at least 0": lambda value: value >= 0,
+    "above 0": lambda value: value > 0,
     "above 0 and finite": lambda value: 0 < value < math.inf,
     "at least 0 and finite": lambda value: 0 <= value < math.inf,
     "at least 0 and below 1": lambda value: 0 <= value < 1,
@@ -39,6 +40,7 @@ RANGES = (
      "train.keep_every_steps train.max_skipped_steps eval.validation_every_steps eval.cloze_every_steps "
      "eval.hellaswag_every_steps eval.tasks_every_steps eval.sample_every_steps"),
     ("at least 0", math.inf, "data.shuffle_seed train.seed eval.sample_top_k"),
+    ("above 0", math.inf, "train.max_epochs"),
     ("above 0 and finite", 10**6, "train.epochs"),
     ("above 0 and finite", math.inf,
      "model.rope_theta model.norm_eps optim.max_lr optim.muon_lr optim.eps optim.max_grad_norm "

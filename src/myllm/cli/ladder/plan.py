@@ -108,7 +108,7 @@ def check_grid(grid: Grid, max_epochs: float) -> None:
             near = " or ".join(str(n) for n in (down, up) if n)
             errors.append(f"width {width} is not a multiple of --head-dim {grid.head_dim}; use {near}")
     has = grid.dataset.known_train_tokens or 0
-    if max(grid.lengths) > max_epochs * has:
+    if not max(grid.lengths) <= max_epochs * has:  # also rejects NaN
         errors.append(
             f"a run of {format_si(max(grid.lengths))} tokens reads the {format_si(has)} training tokens of "
             f"{grid.dataset.name} {max(grid.lengths) / has:.2g} times, at most --max-epochs {max_epochs:g} are "
