@@ -126,6 +126,16 @@ def test_group_typo_lists_group_commands(capsys: pytest.CaptureFixture[str]) -> 
     assert "prove-resume" not in error
 
 
+@pytest.mark.parametrize("seconds", ["nan", "inf", "0", "-1", "1e300"])
+@pytest.mark.parametrize("words", [["doctor", "--timeout-s"], ["status", "a-run", "--silent-s"]])
+def test_impossible_seconds_are_rejected(words: list[str], seconds: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither waits for ever, nor never, nor overflows."""
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*words, seconds])
+    assert ended.value.code == 2
+    assert f"{words[-1]} is {float(seconds)}, but must be above 0" in capsys.readouterr().err
+
+
 def test_positional_arguments_have_names(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     for words, name in ((("data", "prepare"), "SOURCE"), (("sample",), "MODEL"), (("status",), "RUN")):
         assert f"usage: myllm {' '.join(words)} [-h] " in (text := shown(capsys, monkeypatch, *words, "--help"))

@@ -231,6 +231,7 @@ def test_deterministic_rejects_cudnn_attention():
         ("train", "save_every_steps", 10**400), ("eval", "cloze_every_steps", 10**30), ("model", "n_layers", 10**9),
         ("model", "max_seq_len", 10**12), ("data", "workers", 10**6), ("data", "target_tokens", 10**30),
         ("optim", "warmup_steps", 10**30), ("train", "epochs", 1e300),
+        ("train", "collective_timeout_s", 1e300),
     ],
 )  # fmt: skip
 def test_excessive_values_are_rejected(part: str, name: str, value: int) -> None:

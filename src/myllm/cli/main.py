@@ -44,6 +44,7 @@ def doctor(distributed: bool = False, device: Literal["auto", "cpu", "cuda"] = "
         device: device of the all-reduces.
         timeout_s: seconds that the ranks wait for each other.
     """
+    plan_cli.check_limit("timeout_s", timeout_s)
     if distributed:
         from myllm.distributed.network_check import check_network
 
@@ -69,6 +70,7 @@ def status(run: Positional[str], silent_s: float = 600.0) -> None:
         run: name or folder of the run.
         silent_s: a run that makes no progress for this many seconds is not responding.
     """
+    plan_cli.check_limit("silent_s", silent_s)
     from myllm.runs import heartbeat
 
     line, code = heartbeat.status(run, silent_s)

@@ -64,9 +64,9 @@ def plan(words: list[str]) -> None:
 
 
 def check_limit(name: str, value: float) -> None:
-    """Raises a UserError if a limit is not a positive number."""
-    if not 0 < value < float("inf"):
-        raise UserError(f"--{name.replace('_', '-')} is {value}, but must be above 0 and finite")
+    """Raises a UserError if a limit is not a positive number, or beyond what clocks count in."""
+    if not 0 < value <= 1e9:
+        raise UserError(f"--{name.replace('_', '-')} is {value}, but must be above 0 and at most 1e9")
 
 
 def describe_dry_run(args: RunArgs) -> str:

@@ -44,7 +44,8 @@ RANGES = (
     ("above 0 and finite", 10**6, "train.epochs"),
     ("above 0 and finite", math.inf,
      "model.rope_theta model.norm_eps optim.max_lr optim.muon_lr optim.eps optim.max_grad_norm "
-     "train.skip_spikes_sigma train.max_wall_s train.collective_timeout_s"),
+     "train.skip_spikes_sigma train.max_wall_s"),
+    ("above 0 and finite", 10**9, "train.collective_timeout_s"),
     ("at least 0 and finite", math.inf, "optim.weight_decay eval.sample_temperature"),
     ("at least 0 and below 1", math.inf,
      "model.dropout_embedding model.dropout_attention_residual model.dropout_ffn optim.beta1 optim.beta2 "
