@@ -140,8 +140,9 @@ def main(words: list[str] | None = None) -> None:
             raise SystemExit(0 if {"-h", "--help"} & set(words) else 2)
         else:
             # Without the word that a group shares: with it, `runs lst` is close to `runs delete`.
-            known = [command.removeprefix(f"{group} ") for command in COMMANDS if command.startswith(group)]
-            suggestion = did_you_mean(name.removeprefix(f"{group} "), known)
+            prefix = f"{group} " if group else ""
+            known = [command.removeprefix(prefix) for command in COMMANDS if command.startswith(group)]
+            suggestion = did_you_mean(name.removeprefix(prefix), known).replace("'", f"'{prefix}", 1)
             raise UserError(f"unknown command {name!r}{suggestion}\n\n{_usage(group)}")
 
 
