@@ -148,7 +148,7 @@ def test_prepare_and_train_on_own_text(tmp_path: Path, corpus: Path) -> None:
     ("words", "message"),
     [
         (("smaple", "debug"), "unknown command 'smaple', did you mean 'sample'"),
-        (("data", "prepair", "x"), "unknown command 'data prepair', did you mean 'prepare'"),
+        (("data", "prepair", "x"), "unknown command 'data prepair', did you mean 'data prepare'"),
         (("sample", "nothing"), "no checkpoint at 'nothing'"),
         (("report", "nothing"), "nothing"),
         (("data", "verify", "nothing"), "no prepared data set 'nothing'"),

@@ -178,6 +178,6 @@ def test_step_modules_contain_no_synchronizing_calls() -> None:
     model = ("cross_entropy", "attention", "norm", "rope")
     for name in ("training/step.py", "optim/adamw.py", *(f"model/{part}.py" for part in model)):
         lines = (source / name).read_text(encoding="utf-8").splitlines()
-        text = "\n".join(line for line in lines if '"mps"' not in line)
+        text = "\n".join(line for line in lines if "mps" not in line)
         for call in (".item()", ".tolist()", ".cpu()", ".numpy()", "synchronize"):
             assert call not in text, (name, call)

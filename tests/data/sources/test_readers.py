@@ -160,7 +160,7 @@ FAULTS: dict[str, tuple[str, bytes, str, str, str, list[str]]] = {
     "not an object": ("a.jsonl", GOOD + b"[1, 2]\n" + GOOD, "no_text", "a.jsonl, line 2", "list", ["a", "a"]),
     "an array file": ("a.jsonl", b"[" + GOOD.strip() + b"]", "no_text", "a.jsonl, line 1", "list", []),
     "no text": ("a.jsonl", b'{"body": "a"}\n' + GOOD, "no_text", "a.jsonl, line 1", "'body'", ["a"]),
-    "a number": ("a.jsonl", GOOD + b'{"text": 3}\n' + GOOD, "no_text", "a.jsonl, line 2", "'3'", ["a", "a"]),
+    "a number": ("a.jsonl", GOOD + b'{"text": 3}\n' + GOOD, "no_text", "a.jsonl, line 2", "found 3 (int)", ["a", "a"]),
     "latin-1 lines": ("a.jsonl", GOOD + b'{"text": "\xe9"}\n', "invalid_utf8", "a.jsonl, line 2", "", ["a"]),
     "nested": ("a.jsonl", GOOD + b"[" * 10**6 + b"\n" + GOOD, "invalid_json", "a.jsonl, line 2", "", ["a", "a"]),
     "a number of many digits": ("a.jsonl", GOOD + b"9" * 10_000, "invalid_json", "a.jsonl, line 2", "", ["a"]),
