@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -157,7 +158,10 @@ def test_driver_too_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_stuck_rank(small: RunConfig, tmp_path: Path) -> None:
     run = tmp_path / "temp_data/runs/tiny"
+    # No evaluations: a rank that is stuck in one is given half an hour.
+    evals = replace(small.eval, validation_every_steps=0, cloze_every_steps=0, sample_every_steps=0)
     endless = with_train(small, max_steps=1_000_000, save_every_steps=0, collective_timeout_s=15.0)
+    endless = replace(endless, eval=evals)
     config = write_run_config(endless, tmp_path / "endless.json")
     launcher = subprocess.Popen(command("--config", config, ranks=2), stderr=subprocess.PIPE, text=True)
     try:

@@ -154,7 +154,8 @@ def test_hanging_rank_ends_all_ranks(config: RunConfig, tmp_path: Path) -> None:
 
 def test_unresponsive_rank_reported(config: RunConfig, tmp_path: Path) -> None:
     """Stopped as a whole, threads included: the other one says so."""
-    started = Launched(tmp_path, with_train(config, collective_timeout_s=10.0), "--shutdown-timeout=3")
+    unsaved = with_train(config, collective_timeout_s=10.0, save_every_steps=0)  # a save is given half an hour
+    started = Launched(tmp_path, unsaved, "--shutdown-timeout=3")
     started.wait_until(lambda: started.beat()["step"] > 5)
     started.ranks()[0].suspend()
     assert started.end() == 1
