@@ -19,7 +19,7 @@ def parse_count(text: str) -> int:
     # "10T" is not ten tokens: T means tokens only after another letter.
     found = re.fullmatch(rf"{_NUMBER}\s*([KMBGT]?)T?", text.strip(), re.IGNORECASE)
     value = _scaled(found) if found else 0.5
-    if not value.is_integer():  # infinity is none either
+    if not value.is_integer():  # false for infinity, too
         raise UserError(f"invalid number {text!r}: expected a whole number, for example 10BT, 500M or 1000000")
     return int(value)
 

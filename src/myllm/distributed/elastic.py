@@ -95,10 +95,9 @@ def main(words: list[str]) -> int:
     use_new_store_each_start()
     parser = run.get_args_parser()
     arguments: Any = parser.parse_args([*default_arguments(parser.format_help()), *words])
-    if arguments.standalone and arguments.local_addr is None:
-        arguments.local_addr = (
-            "127.0.0.1"  # the ranks would look for this machine by its name, which may resolve nowhere
-        )
+    if arguments.standalone and not arguments.local_addr:
+        # By default the ranks look for this machine by its name, which may resolve nowhere.
+        arguments.local_addr = "127.0.0.1"
     if fault := invalid_arguments(arguments):
         print(f"error: {fault}", file=sys.stderr)
         return 2

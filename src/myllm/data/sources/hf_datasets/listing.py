@@ -95,7 +95,7 @@ def _request(name: DatasetName) -> dict[str, Any]:
 
         arguments: dict[str, Any] = {"path": name.where}
         if name.path is None:
-            # `datasets` asks a Hub that does not answer for half a minute.
+            # Asked first: `datasets` retries for half a minute if the Hub does not answer.
             arguments["revision"] = find_commit(name.where, name.revision, always_ask=not constants.HF_HUB_OFFLINE)
         elif not name.path.is_dir():  # a file or a glob, which `datasets` takes relative to a folder
             files = glob.escape(name.where) if name.path.is_file() else name.where
