@@ -133,6 +133,8 @@ def test_small_ladder_reports_missing_sizes_and_lengths() -> None:
 def test_law_of_two_losses_not_counted() -> None:
     """Any exponent fits them, so that rounding would choose one."""
     whole = ladder(0.004)
+    assert np.isnan(fit_sizes(whole.means[:, :1, :2], LENGTHS[:2]).amplitude).all()
+    assert np.isfinite(fit_sizes(whole.means[:, :1], LENGTHS).amplitude).all()
 
     def laws(sizes: int, unit: float) -> dict[str, Any]:
         few = Losses(whole.recipes, SIZES[:sizes], LENGTHS / unit, whole.values[:, :sizes])
